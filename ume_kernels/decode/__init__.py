@@ -1,0 +1,7 @@
+"""KV-cached decoder-layer step for a few new tokens per row."""
+
+from ume_kernels.decode.op import decode_layer
+from ume_kernels.decode.reference import decode_layer_reference
+from ume_kernels.decode.weights import DecoderLayerWeights, LayerShape
+
+__all__ = ["DecoderLayerWeights", "LayerShape", "decode_layer", "decode_layer_reference"]

@@ -1,0 +1,168 @@
+"""Drop-in ``nn.Module`` for the official ``LatentMoETransition``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ume_kernels.moe_transition.op import moe_transition
+from ume_kernels.moe_transition.reference import auxiliary, clamp_step, mix_experts, route
+from ume_kernels.moe_transition.weights import MoEWeights, SharedExpert
+
+
+class ExpertMLP(nn.Module):
+    """``fc2(dropout(gelu(fc1(x))))``, D -> 2D -> D, exact (erf) GELU."""
+
+    def __init__(self, hidden_size: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, 2 * hidden_size)
+        self.fc2 = nn.Linear(2 * hidden_size, hidden_size)
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[…, D] -> […, D]``."""
+        hidden = nn.functional.gelu(self.fc1(x))
+        return self.fc2(nn.functional.dropout(hidden, self.dropout, self.training))
+
+
+class MoETransition(nn.Module):
+    """Latent transition adapter of PLUME.
+
+    Constructor arguments, state-dict keys and the ``(output, aux)`` result are those of the
+    official module (``VLM2Vec/src/model/latent_moe.py``), so it takes its place and its
+    checkpoints.
+
+    Args:
+        hidden_size: width D of the latent state.
+        num_experts: routed experts E.
+        top_k: experts per row; probabilities are not renormalised.
+        use_shared_expert: add an always-on expert.
+        step_embed_max_steps: rows of the step-embedding table; later steps use the last.
+        excluded_expert_indices: experts the router must not choose.
+        dropout: dropout probability inside the experts while training.
+
+    Raises:
+        ValueError: fewer experts remain after exclusion than ``top_k``.
+    """
+
+    _router_exclude_mask: torch.Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int = 4,
+        top_k: int = 2,
+        use_shared_expert: bool = True,
+        step_embed_max_steps: int = 32,
+        excluded_expert_indices: Sequence[int] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = int(hidden_size)
+        self.num_experts = max(int(num_experts), 1)
+        self.top_k = min(max(int(top_k), 1), self.num_experts)
+        self.use_shared_expert = bool(use_shared_expert)
+        self.step_embed_max_steps = max(int(step_embed_max_steps), 1)
+        self.dropout = float(dropout)
+
+        mask = self._mask_of(excluded_expert_indices or ())
+        self.register_buffer("_router_exclude_mask", mask, persistent=False)
+        self._any_excluded = bool(excluded_expert_indices)
+
+        self.ln = nn.LayerNorm(self.hidden_size)
+        self.step_embed = nn.Embedding(self.step_embed_max_steps, self.hidden_size)
+        self.router = nn.Linear(2 * self.hidden_size, self.num_experts)
+        self.experts = nn.ModuleList(
+            [ExpertMLP(self.hidden_size, dropout) for _ in range(self.num_experts)]
+        )
+        self.shared_expert = ExpertMLP(self.hidden_size, dropout) if use_shared_expert else None
+
+    def _mask_of(self, excluded: Sequence[int]) -> torch.Tensor:
+        chosen = sorted({int(index) for index in excluded})
+        if chosen and not 0 <= chosen[0] <= chosen[-1] < self.num_experts:
+            raise ValueError(f"experts are 0 … {self.num_experts - 1}, cannot exclude {chosen}")
+        if self.num_experts - len(chosen) < self.top_k:
+            raise ValueError(
+                f"excluding experts {chosen} leaves {self.num_experts - len(chosen)}, "
+                f"but each row needs top_k={self.top_k}"
+            )
+        # On the CPU even where parameters are created on the meta device: it is a value.
+        mask = torch.zeros(self.num_experts, dtype=torch.bool, device="cpu")
+        mask[chosen] = True
+        return mask
+
+    def exclusion_mask(self, excluded: Sequence[int]) -> torch.Tensor | None:
+        """Bool mask ``[E]`` on the module's device for a per-call exclusion, None for none.
+
+        Raises:
+            ValueError: an index does not exist, or too few experts would remain.
+        """
+        if not excluded:
+            return self._router_exclude_mask if self._any_excluded else None
+        return self._mask_of(excluded).to(self.router.weight.device) | self._router_exclude_mask
+
+    def weights(self) -> MoEWeights:
+        """The parameters as the functional op takes them; no copy."""
+        experts = [e for e in self.experts if isinstance(e, ExpertMLP)]
+        shared = None
+        if self.shared_expert is not None:
+            s = self.shared_expert
+            shared = SharedExpert(s.fc1.weight, s.fc1.bias, s.fc2.weight, s.fc2.bias)
+        return MoEWeights(
+            self.ln.weight,
+            self.ln.bias,
+            self.step_embed.weight,
+            self.router.weight,
+            self.router.bias,
+            tuple(e.fc1.weight for e in experts),
+            tuple(e.fc1.bias for e in experts),
+            tuple(e.fc2.weight for e in experts),
+            tuple(e.fc2.bias for e in experts),
+            shared,
+            self.ln.eps,
+        )
+
+    def forward(
+        self,
+        z_t: torch.Tensor,
+        step_id: int | torch.Tensor,
+        context: torch.Tensor | None = None,
+        *,
+        excluded: Sequence[int] = (),
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """One transition: ``z_t [B, D]`` -> ``(z' [B, D], {"balance_loss", "router_entropy"})``.
+
+        ``context`` is ``[B, D]``, ``[1, D]`` or ``[D]`` (broadcast), or None for zeros;
+        ``excluded`` adds to the experts excluded at construction.
+        """
+        if context is not None:
+            context = context.to(z_t)
+            if context.ndim == 1:
+                context = context.unsqueeze(0)
+            if context.shape[0] == 1:
+                context = context.expand(z_t.shape[0], -1)
+        if self.training and self.dropout > 0:
+            return self._forward_dropout(z_t, step_id, context, excluded)
+        return moe_transition(
+            z_t, context, step_id, self.weights(), self.top_k, self.exclusion_mask(excluded)
+        )
+
+    def _forward_dropout(
+        self,
+        z: torch.Tensor,
+        step: int | torch.Tensor,
+        context: torch.Tensor | None,
+        excluded: Sequence[int],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        # Dropout draws inside each expert, which the functional op does not know.
+        step_ids = clamp_step(step, z.shape[0], self.step_embed_max_steps, z.device)
+        mask = self.exclusion_mask(excluded)
+        routing = route(z, context, step_ids, self.weights(), self.top_k, mask)
+        u = self.ln(z).to(z.dtype)
+        every = torch.stack([expert(u) for expert in self.experts])
+        rows = torch.arange(z.shape[0], device=z.device)
+        chosen = every[routing.experts, rows[:, None]]
+        shared = self.shared_expert(u) if self.shared_expert is not None else None
+        return z + mix_experts(routing, chosen, shared), auxiliary(routing.probs)

@@ -1,0 +1,27 @@
+"""Fast, exact inference for universal multimodal embedders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ume_kernels.version import __version__
+    from ume_models.embedders.loading import load
+    from ume_models.embedders.plume import PlumeForEmbedding
+
+__all__ = ["PlumeForEmbedding", "__version__", "load"]
+
+_LAZY = {
+    "__version__": "ume_kernels.version",
+    "load": "ume_models.embedders.loading",
+    "PlumeForEmbedding": "ume_models.embedders.plume",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers are imported when a model is, so that `ume --help` stays quick
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'ume_models' has no attribute {name!r}")

@@ -1,0 +1,285 @@
+"""Qwen2 text decoder: parameters under their published names, packed prefill, cached decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ume_kernels.decode import DecoderLayerWeights, LayerShape, decode_layer
+from ume_kernels.decode.reference import apply_rope, mlp, project_qkv, rms_norm, rope_cos_sin
+from ume_kernels.linear import linear
+from ume_models.backbone.config import BackboneConfig
+from ume_models.backbone.mrope import mrope_cos_sin
+
+
+class RMSNorm(nn.Module):
+    """Holds a norm weight; applied by ``ume_kernels.decode.reference.rms_norm``."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
+class Attention(nn.Module):
+    """Projections of grouped-query attention; q, k and v have biases."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        width, dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(width, config.num_heads * dim)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * dim)
+        self.v_proj = nn.Linear(width, config.num_kv_heads * dim)
+        self.o_proj = nn.Linear(config.num_heads * dim, width, bias=False)
+
+
+class MLP(nn.Module):
+    """Projections of the SwiGLU."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+
+class DecoderLayer(nn.Module):
+    """Parameters of one layer."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size)
+        self.mlp = MLP(config)
+
+    def weights(self) -> DecoderLayerWeights:
+        """The parameters as the kernels take them; no copy."""
+        a, m = self.self_attn, self.mlp
+        return DecoderLayerWeights(
+            self.input_layernorm.weight,
+            a.q_proj.weight,
+            a.q_proj.bias,
+            a.k_proj.weight,
+            a.k_proj.bias,
+            a.v_proj.weight,
+            a.v_proj.bias,
+            a.o_proj.weight,
+            self.post_attention_layernorm.weight,
+            m.gate_proj.weight,
+            m.up_proj.weight,
+            m.down_proj.weight,
+        )
+
+
+@dataclass(frozen=True)
+class Span:
+    """New tokens of one row inside a packed prefill.
+
+    Attributes:
+        slot: arena slot of the row.
+        cached: tokens of the row that the arena holds already (a shared header).
+        start: first packed index.
+        count: number of new tokens.
+    """
+
+    slot: int
+    cached: int
+    start: int
+    count: int
+
+
+class TextModel(nn.Module):
+    """Embedding, decoder layers and final norm.
+
+    The KV cache is a tensor ``[layers, 2, slots, Hkv, capacity, dh]`` owned by the caller.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size)
+        self.shape = LayerShape(
+            config.num_heads, config.num_kv_heads, config.head_dim, config.rms_eps
+        )
+
+    def layer_weights(self) -> list[DecoderLayerWeights]:
+        """Every layer's parameters as the kernels take them."""
+        return [layer.weights() for layer in self.layers if isinstance(layer, DecoderLayer)]
+
+    def inv_freq(self) -> torch.Tensor:
+        """RoPE frequencies ``[dh / 2]`` in float32: ``theta^(-2i/dh)``."""
+        dim = self.config.head_dim
+        exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+        return (1.0 / (self.config.rope_theta**exponent)).to(self.norm.weight.device)
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """RMSNorm after the last layer."""
+        return rms_norm(hidden, self.norm.weight, self.shape.rms_eps)
+
+    def prefill(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        spans: Sequence[Span],
+        cache: torch.Tensor,
+        wanted: Sequence[int],
+    ) -> torch.Tensor:
+        """Run packed prompts, fill the cache, return the hidden states that are read.
+
+        The last layer computes keys and values for all tokens but everything else only for
+        ``wanted``, since nothing after it reads the other tokens.
+
+        Args:
+            embeds: ``[T, D]`` packed inputs of all rows.
+            positions: int64 ``[3, T]`` M-RoPE positions.
+            spans: where each row lies in the pack and in the cache.
+            cache: ``[layers, 2, slots, Hkv, capacity, dh]``, written in place.
+            wanted: packed indices of the R tokens to return, ascending.
+
+        Returns:
+            ``[R, D]`` hidden states after the final norm.
+        """
+        cos, sin = mrope_cos_sin(
+            positions, self.inv_freq(), self.config.mrope_section, embeds.dtype
+        )
+        cos, sin = cos[:, None], sin[:, None]
+        hidden = embeds
+        queries = _all_queries(spans, embeds.device)
+        last = len(self.layers) - 1
+        picked = torch.tensor(list(wanted), device=embeds.device)
+        for number, w in enumerate(self.layer_weights()):
+            normed = rms_norm(hidden, w.input_norm, self.shape.rms_eps)
+            q, k, v = project_qkv(normed, w, self.shape)
+            k = apply_rope(k, cos, sin)
+            keys, values = cache[number, 0], cache[number, 1]
+            for span in spans:
+                new = slice(span.start, span.start + span.count)
+                into = slice(span.cached, span.cached + span.count)
+                keys[span.slot, :, into] = k[new].transpose(0, 1)
+                values[span.slot, :, into] = v[new].transpose(0, 1)
+            if number == last:
+                q, hidden = q[picked], hidden[picked]
+                q = apply_rope(q, cos[picked], sin[picked])
+                queries = _wanted_queries(spans, wanted, embeds.device)
+            else:
+                q = apply_rope(q, cos, sin)
+            mixed = torch.empty_like(q)
+            for slot, end, rows, mask in queries:
+                mixed[rows] = _attend(q[rows], keys[slot, :, :end], values[slot, :, :end], mask)
+            hidden = hidden + linear(mixed.flatten(1), w.o_weight)
+            hidden = mlp(hidden, w, self.shape)
+        return self.final_norm(hidden)
+
+    def decode(
+        self,
+        embeds: torch.Tensor,
+        lengths: torch.Tensor,
+        cache: torch.Tensor,
+        max_length: int,
+        layers: Sequence[DecoderLayerWeights],
+        inv_freq: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run ``Q`` new tokens per row whose positions equal the row's KV length.
+
+        Args:
+            embeds: ``[B, Q, D]``.
+            lengths: int64 ``[B]`` on the device: tokens cached so far; not changed.
+            cache: rows are slots ``0 … B - 1``; written in place.
+            max_length: host-side bound on ``lengths + Q``.
+            layers, inv_freq: ``layer_weights()`` and ``inv_freq()``, fetched once per rollout.
+
+        Returns:
+            ``[B, Q, D]`` after the final norm.
+        """
+        batch, queries, _ = embeds.shape
+        positions = lengths[:, None] + torch.arange(queries, device=embeds.device)
+        cos, sin = rope_cos_sin(positions, inv_freq, embeds.dtype)
+        hidden = embeds
+        for number, w in enumerate(layers):
+            hidden = decode_layer(
+                hidden,
+                cos,
+                sin,
+                cache[number, 0, :batch],
+                cache[number, 1, :batch],
+                lengths,
+                w,
+                self.shape,
+                max_length,
+            )
+        return self.final_norm(hidden)
+
+
+class _Queries(NamedTuple):
+    """Tokens of one row that attend: its slot, its KV length, their packed slice, their mask.
+
+    The mask is ``[n, length]`` bool, or None for plain causal attention of the whole row.
+    """
+
+    slot: int
+    length: int
+    rows: slice
+    mask: torch.Tensor | None
+
+
+def _causal_mask(positions: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:
+    return (torch.arange(length) <= positions[:, None]).to(device)
+
+
+def _all_queries(spans: Sequence[Span], device: torch.device) -> list[_Queries]:
+    """Every new token of every row; rows behind a cached header need an offset mask."""
+    out = []
+    for span in spans:
+        end = span.cached + span.count
+        mask = _causal_mask(torch.arange(span.cached, end), end, device) if span.cached else None
+        out.append(_Queries(span.slot, end, slice(span.start, span.start + span.count), mask))
+    return out
+
+
+def _wanted_queries(
+    spans: Sequence[Span], wanted: Sequence[int], device: torch.device
+) -> list[_Queries]:
+    """Only the ``wanted`` packed indices; the slices index into ``wanted``."""
+    out = []
+    at = 0
+    for span in spans:
+        first = at
+        while at < len(wanted) and wanted[at] < span.start + span.count:
+            at += 1
+        if at > first:
+            end = span.cached + span.count
+            positions = torch.tensor(wanted[first:at]) - span.start + span.cached
+            mask = _causal_mask(positions, end, device)
+            out.append(_Queries(span.slot, end, slice(first, at), mask))
+    return out
+
+
+# Above this many keys, expanding KV heads once is cheaper than letting attention repeat them.
+_EXPAND_FROM = 1024
+
+
+def _attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention of one row: q ``[n, H, dh]`` over ``[Hkv, L, dh]``; causal where mask is None."""
+    group = q.shape[1] // keys.shape[0]
+    if keys.shape[1] >= _EXPAND_FROM:
+        keys = keys.repeat_interleave(group, dim=0)
+        values = values.repeat_interleave(group, dim=0)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=keys.shape[0] != q.shape[1],
+    )
+    return out[0].transpose(0, 1)

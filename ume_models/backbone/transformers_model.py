@@ -1,0 +1,136 @@
+"""The transformers module of a checkpoint, sharing the tensors we loaded.
+
+Used by the reference engine and by training. The only place that knows how transformers
+4.52, 4.57 and 5.x differ in building and calling Qwen2-VL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ume_models.backbone.config import BackboneConfig
+from ume_models.errors import CheckpointError
+
+
+def transformers_key(published: str) -> str:
+    """Parameter name in transformers' module (4.52 and later) for a published key."""
+    if published.startswith("visual."):
+        return "model." + published
+    if published.startswith("model."):
+        return "model.language_model." + published.removeprefix("model.")
+    return published
+
+
+def build_transformers_model(
+    config: BackboneConfig,
+    state: Mapping[str, torch.Tensor],
+    vocab_size: int,
+    attention: str = "sdpa",
+) -> torch.nn.Module:
+    """``Qwen2VLForConditionalGeneration`` (or 2.5) whose parameters *are* the given tensors.
+
+    The module is created without storage and the tensors are assigned, so nothing is copied,
+    downloaded or initialised.
+
+    Args:
+        config: architecture.
+        state: published keys; the adapter's are ignored.
+        vocab_size: rows of the embedding.
+        attention: transformers' attention implementation, ``"sdpa"`` or ``"eager"``.
+
+    Raises:
+        CheckpointError: this transformers version has parameters we do not provide.
+    """
+    import transformers
+
+    name = "Qwen2VL" if config.family == "qwen2_vl" else "Qwen2_5_VL"
+    raw = {k: v for k, v in config.raw.items() if k not in ("torch_dtype", "dtype")}
+    raw["vocab_size"] = vocab_size
+    if isinstance(raw.get("text_config"), Mapping):
+        raw["text_config"] = {**raw["text_config"], "vocab_size": vocab_size}
+    hf_config = getattr(transformers, f"{name}Config").from_dict(raw)
+    hf_config._attn_implementation = attention
+    model_class = getattr(transformers, f"{name}ForConditionalGeneration")
+    with torch.device("meta"):
+        model = model_class._from_config(hf_config, attn_implementation=attention)
+    assigned = {
+        transformers_key(key): value
+        for key, value in state.items()
+        if not key.startswith("latent_moe_transition.")
+    }
+    if config.tie_word_embeddings or "lm_head.weight" not in assigned:
+        assigned["lm_head.weight"] = state["model.embed_tokens.weight"]
+    missing, unexpected = model.load_state_dict(assigned, strict=False, assign=True)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} names parameters differently: "
+            f"missing {list(missing)[:3]}, unexpected {list(unexpected)[:3]}; "
+            "please report this version"
+        )
+    _fill_rope_buffers(model, config, state["model.norm.weight"].device)
+    return model.eval()
+
+
+def _fill_rope_buffers(
+    model: torch.nn.Module, config: BackboneConfig, device: torch.device
+) -> None:
+    """Compute the RoPE frequencies, the only buffers, which have no storage after assignment."""
+    vision = config.vision
+    widths = {
+        True: (vision.embed_dim // vision.num_heads // 2, 10000.0),
+        False: (config.head_dim, config.rope_theta),
+    }
+    for name, buffer in list(model.named_buffers()):
+        if buffer.device.type != "meta":
+            continue
+        owner, _, leaf = name.rpartition(".")
+        if leaf not in ("inv_freq", "original_inv_freq"):
+            raise CheckpointError(f"transformers has a buffer we do not know: {name}")
+        dim, theta = widths["visual" in owner]
+        exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+        model.get_submodule(owner)._buffers[leaf] = (1.0 / (theta**exponent)).to(device)
+
+
+def full_forward(
+    model: Any,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    visual: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, Any]:
+    """The official prefix call: logits of every token and all hidden states, with a cache.
+
+    Returns:
+        ``(last hidden states [1, n, D] after the final norm, cache)``; the rest is computed
+        and dropped, as the official code does.
+    """
+    kwargs: dict[str, Any] = {"output_hidden_states": True, "use_cache": True, "return_dict": True}
+    out = model(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        position_ids=position_ids,
+        **visual,
+        **kwargs,
+    )
+    return out.hidden_states[-1], out.past_key_values
+
+
+def cached_forward(
+    model: Any, embeds: torch.Tensor, position_ids: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    """One call of the decoder on a cache; ``[1, q, D]`` after the final norm.
+
+    No mask is passed: new tokens see the whole cache and are causal among themselves. The
+    official call passes a mask of the new tokens' length, which only flash-attention
+    interprets that way (other attentions fail or silently cut the cache).
+    """
+    return model.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        return_dict=True,
+        cache_position=position_ids[0, 0],
+    ).last_hidden_state

@@ -1,0 +1,1 @@
+"""Embedding models: a prompt, a rollout policy, and the hidden state that is the embedding."""

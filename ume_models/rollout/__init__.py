@@ -1,0 +1,1 @@
+"""Rollout engine: KV arena, header cache and the batched latent rollout."""
