@@ -1,0 +1,223 @@
+"""Reading images: sizes and content hashes from headers at plan time, pixels at load time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from ume_models.errors import ItemError
+from ume_models.processing.items import MediaSource
+
+DEFAULT_MAX_IMAGE_PIXELS = 2 * 89_478_485
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class MediaHeader:
+    """What is known of an image without decoding it.
+
+    Attributes:
+        height: in pixels, as stored (EXIF orientation is not applied, as in the reference).
+        width: in pixels.
+        digest: BLAKE2b of the file's bytes, or of the mode, size and pixels of a PIL image.
+    """
+
+    height: int
+    width: int
+    digest: bytes
+
+
+def describe(source: MediaSource) -> str:
+    """A short name of an image for error messages."""
+    if isinstance(source, bytes):
+        return f"bytes object of length {len(source)}"
+    if isinstance(source, Image.Image):
+        return f"PIL image, mode {source.mode}"
+    return f"'{source}'"
+
+
+def read_header(
+    source: MediaSource, max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
+) -> MediaHeader:
+    """Size and content hash of an image; files are streamed, never decoded.
+
+    Args:
+        source: path, encoded bytes, or PIL image. A PIL image is loaded if it is not yet.
+        max_image_pixels: larger images are refused before anything is decoded.
+
+    Raises:
+        ItemError: missing or empty file, directory, not an image, no pixels, too many pixels.
+    """
+    if isinstance(source, Image.Image):
+        return _read_pil_header(source, max_image_pixels)
+    if isinstance(source, bytes):
+        if not source:
+            raise ItemError("is empty (0 bytes)")
+        width, height = _open_size(io.BytesIO(source), max_image_pixels)
+        return MediaHeader(height, width, _hash(b"file", source))
+    try:
+        with open(source, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ItemError("is an empty file (0 bytes); export or download it again")
+            width, height = _open_size(file, max_image_pixels)
+            file.seek(0)
+            state = _hasher(b"file")
+            while chunk := file.read(_CHUNK):
+                state.update(chunk)
+    except (OSError, ValueError) as error:
+        raise _file_error(error) from error
+    return MediaHeader(height, width, state.digest())
+
+
+def decode_rgb(
+    source: MediaSource,
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+    *,
+    through_jpeg: bool = False,
+) -> Image.Image:
+    """Decode an image fully and convert it with Pillow's ``convert("RGB")``.
+
+    Transparency is dropped, not blended, and EXIF orientation is ignored: both as in the
+    reference. The result may be the caller's own object, so it must not be changed.
+
+    Truncated files raise, unlike in the official evaluation, which sets
+    ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` for the whole process and embeds the grey rest. (If
+    the calling process has set it, Pillow obeys that.)
+
+    Args:
+        source: path, encoded bytes, or PIL image.
+        max_image_pixels: larger images are refused before anything is decoded.
+        through_jpeg: encode as JPEG with Pillow's default quality and decode again, unless the
+            image has transparency: what the official evaluation does to multi-image inputs.
+
+    Raises:
+        ItemError: as :func:`read_header`, and for data that does not decode.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, through_jpeg)
+    if isinstance(source, bytes):
+        with _open(io.BytesIO(source), max_image_pixels) as image:
+            return _to_rgb(image, through_jpeg)
+    try:
+        with open(source, "rb") as file, _open(file, max_image_pixels) as image:
+            return _to_rgb(image, through_jpeg)
+    except (OSError, ValueError) as error:
+        raise _file_error(error) from error
+
+
+def file_key(path: str | Path) -> tuple[str, int, int] | None:
+    """Identity of a file's content without reading it: path, modification time, size."""
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):
+        return None  # the read that follows reports the reason
+    return (os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
+
+
+def _read_pil_header(image: Image.Image, max_image_pixels: int) -> MediaHeader:
+    width, height = image.size
+    _check_area(width, height, max_image_pixels)
+    try:
+        pixels = image.tobytes()
+        palette = image.getpalette() if image.mode == "P" else None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _decode_error(error) from error
+    state = _hasher(b"pil")
+    state.update(repr((image.mode, image.size, palette)).encode())
+    state.update(pixels)
+    return MediaHeader(height, width, state.digest())
+
+
+def _open_size(file: BinaryIO, max_image_pixels: int) -> tuple[int, int]:
+    with _open(file, max_image_pixels) as image:
+        width, height = image.size
+        return width, height
+
+
+def _open(file: BinaryIO, max_image_pixels: int) -> Image.Image:
+    """Open lazily and check the area.
+
+    Pillow has a process-wide limit of its own, which belongs to the user: it is neither changed
+    nor needed, but where it is the stricter one it wins, and the message says so.
+    """
+    try:
+        image = Image.open(file)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ItemError(
+            f"exceeds Pillow's own pixel limit ({error}); scale the image down, or, if you trust "
+            "it, raise both PIL.Image.MAX_IMAGE_PIXELS and max_image_pixels"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ItemError(
+            "is not an image that Pillow can read; convert it to PNG or JPEG"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they like on malformed headers
+        raise _decode_error(error) from error
+    try:
+        _check_area(*image.size, max_image_pixels)
+    except ItemError:
+        image.close()
+        raise
+    return image
+
+
+def _check_area(width: int, height: int, max_image_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise ItemError(f"has no pixels ({width}x{height})")
+    if width * height > max_image_pixels:
+        raise ItemError(
+            f"has {width}x{height} = {width * height} pixels, over the limit of "
+            f"{max_image_pixels}; scale it down, or raise max_image_pixels if you trust it"
+        )
+
+
+def _to_rgb(image: Image.Image, through_jpeg: bool) -> Image.Image:
+    try:
+        image.load()
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        if through_jpeg and not _has_alpha(image):
+            buffer = io.BytesIO()
+            rgb.save(buffer, format="JPEG")
+            rgb = Image.open(buffer)
+            rgb.load()
+        return rgb
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they like on malformed data
+        raise _decode_error(error) from error
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA") or (image.mode == "P" and "transparency" in image.info)
+
+
+def _decode_error(error: Exception) -> ItemError:
+    if "truncated" in str(error).lower() or isinstance(error, EOFError):
+        return ItemError(f"is truncated ({error}); export or download it again")
+    return ItemError(f"cannot be decoded ({type(error).__name__}: {error}); replace the file")
+
+
+def _file_error(error: Exception) -> ItemError:
+    if isinstance(error, FileNotFoundError):
+        return ItemError("does not exist; check the path and the base directory")
+    if isinstance(error, IsADirectoryError):
+        return ItemError("is a directory; list the image files themselves")
+    return ItemError(f"cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+def _hasher(kind: bytes) -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=20, person=kind)
+
+
+def _hash(kind: bytes, data: bytes) -> bytes:
+    state = _hasher(kind)
+    state.update(data)
+    return state.digest()
