@@ -1,7 +1,7 @@
 """Items to embeddings: batches by token budget, media decoded ahead of the model.
 
-    items → plan (tokens and sizes, cheap) → duplicates once → sorted by length → batches
-          → decoded in a thread pool → model → rows in the caller's order
+items → plan (tokens and sizes, cheap) → duplicates once → sorted by length → batches
+      → decoded in a thread pool → model → rows in the caller's order
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def encode_detailed(
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
-    budget = DEFAULT_BATCH_TOKENS.get(model.device.type, 4096) if batch_tokens is None else batch_tokens
+    budget = (
+        DEFAULT_BATCH_TOKENS.get(model.device.type, 4096) if batch_tokens is None else batch_tokens
+    )
     if budget < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     stats = EncodeStats()
@@ -241,7 +243,9 @@ def _loaded_batches(
 class _Embedder:
     """Runs batches; halves those that do not fit and isolates rows that fail."""
 
-    def __init__(self, model: PlumeForEmbedding, stats: EncodeStats, options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: PlumeForEmbedding, stats: EncodeStats, options: dict[str, Any]
+    ) -> None:
         self.model = model
         self.stats = stats
         self.options = options

@@ -54,5 +54,9 @@ def moe_transition(
     needs_grad = torch.is_grad_enabled() and (
         z.requires_grad or weights.router_weight.requires_grad
     )
-    run = moe_transition_cpu if z.device.type == "cpu" and not needs_grad else moe_transition_reference
+    run = (
+        moe_transition_cpu
+        if z.device.type == "cpu" and not needs_grad
+        else moe_transition_reference
+    )
     return run(z, context, step, weights, top_k, excluded)

@@ -34,7 +34,9 @@ class Routing(NamedTuple):
     experts: torch.Tensor
 
 
-def clamp_step(step: int | torch.Tensor, rows: int, max_steps: int, device: torch.device) -> torch.Tensor:
+def clamp_step(
+    step: int | torch.Tensor, rows: int, max_steps: int, device: torch.device
+) -> torch.Tensor:
     """Step ids as ``[rows]`` int64 in ``[0, max_steps - 1]`` (later steps share the last one).
 
     Raises:

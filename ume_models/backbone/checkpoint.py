@@ -82,7 +82,7 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor, Pat
     for file in files:
         try:
             with safe_open(str(file), framework="pt") as handle:
-                for key in handle.keys():
+                for key in handle.keys():  # noqa: SIM118  not a mapping
                     yield key, handle.get_tensor(key), file
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
@@ -123,7 +123,9 @@ def read_state(directory: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-_LORA_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
+_LORA_KEY = re.compile(
+    r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$"
+)
 
 
 def merge_lora(state: dict[str, torch.Tensor], directory: Path) -> None:
@@ -147,14 +149,18 @@ def merge_lora(state: dict[str, torch.Tensor], directory: Path) -> None:
         if match:
             pairs.setdefault(published_key(match["module"]), {})[match["side"]] = tensor
             continue
-        name = published_key(key.removeprefix("base_model.model.").replace(".modules_to_save.default", ""))
+        name = published_key(
+            key.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        )
         if name not in state and not name.startswith(ADAPTER_PREFIX):
             raise CheckpointError(f"{file}: {key} does not exist in the base checkpoint")
         state[name] = tensor
     for module, pair in pairs.items():
         weight = state.get(f"{module}.weight")
         if weight is None or set(pair) != {"A", "B"}:
-            raise CheckpointError(f"{directory}: LoRA for {module} does not fit the base checkpoint")
+            raise CheckpointError(
+                f"{directory}: LoRA for {module} does not fit the base checkpoint"
+            )
         a, b = pair["A"].float(), pair["B"].float()
         if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
             raise CheckpointError(

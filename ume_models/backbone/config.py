@@ -117,9 +117,13 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Backbon
     rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
-        raise CheckpointError(f"{source}: RoPE type {kind!r} is not supported (default and mrope are)")
+        raise CheckpointError(
+            f"{source}: RoPE type {kind!r} is not supported (default and mrope are)"
+        )
     if text.get("use_sliding_window"):
-        raise CheckpointError(f"{source}: use_sliding_window is not supported; the official models do not")
+        raise CheckpointError(
+            f"{source}: use_sliding_window is not supported; the official models do not"
+        )
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(text.get(name), int) or text[name] <= 0:
             raise CheckpointError(f"{source}: {name} is missing or not a positive integer")
@@ -131,7 +135,9 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Backbon
             f"{source}: mrope_section {section} does not add up to half of the head size {head_dim}"
         )
     if text.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{source}: hidden_act {text['hidden_act']!r} is not supported (silu is)")
+        raise CheckpointError(
+            f"{source}: hidden_act {text['hidden_act']!r} is not supported (silu is)"
+        )
     vision = raw.get("vision_config")
     if not isinstance(vision, Mapping):
         raise CheckpointError(f"{source}: vision_config is missing")

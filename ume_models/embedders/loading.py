@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -126,9 +126,7 @@ def resolve(path_or_id: str | Path | None) -> Path:
         ) from None
 
 
-def _read_weights(
-    directory: Path, base: str | Path | None
-) -> tuple[dict[str, torch.Tensor], Path]:
+def _read_weights(directory: Path, base: str | Path | None) -> tuple[dict[str, torch.Tensor], Path]:
     """State dict, LoRA merged, and the directory the base weights came from."""
     if not (directory / "adapter_config.json").is_file():
         if base is not None:
@@ -176,12 +174,12 @@ def _eos(source: Path) -> frozenset[int]:
 
 
 def _resize_vocabulary(
-    state: dict[str, torch.Tensor], config: BackboneConfig, tokenizer: object, source: Path
+    state: dict[str, torch.Tensor], config: BackboneConfig, tokenizer: Any, source: Path
 ) -> BackboneConfig:
     """Give embedding and head one row per token of the tokenizer, as the official loader does."""
     if EMBEDDING not in state:
         raise CheckpointError(f"{source}: no {EMBEDDING}; this is not a Qwen2-VL checkpoint")
-    size = len(tokenizer)  # type: ignore[arg-type]
+    size = len(tokenizer)
     if config.tie_word_embeddings:
         state.pop(HEAD, None)
     for key in (EMBEDDING, HEAD):
@@ -189,7 +187,7 @@ def _resize_vocabulary(
         if rows > size:
             state[key] = state[key][:size]
         elif rows < size:
-            copied = new_row_sources(tokenizer, config.family, rows, source)  # type: ignore[arg-type]
+            copied = new_row_sources(tokenizer, config.family, rows, source)
             state[key] = torch.cat([state[key], state[key][copied]])
             warnings.warn(
                 f"{source}: {key} lacks {size - rows} added tokens; their rows were copied as at "
@@ -213,7 +211,11 @@ def _build(
         model = PlumeForEmbedding(config, adapter, config.vocab_size, tied)
     expected = {key: value.shape for key, value in model.state_dict().items()}
     extra = fit(state, expected, source)
-    ignorable = [k for k in extra if k.endswith("inv_freq") or not use_adapter and k.startswith(ADAPTER_PREFIX)]
+    ignorable = [
+        k
+        for k in extra
+        if k.endswith("inv_freq") or (not use_adapter and k.startswith(ADAPTER_PREFIX))
+    ]
     adapter_extra = [k for k in extra if k.startswith(ADAPTER_PREFIX) and k not in ignorable]
     if adapter_extra:
         raise CheckpointError(f"{source}: unknown adapter tensors: {', '.join(adapter_extra[:4])}")

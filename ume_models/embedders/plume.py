@@ -335,7 +335,7 @@ class PlumeForEmbedding(nn.Module):
         assert isinstance(out, torch.Tensor)
         return out
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _embed_rows(
         self,
         rows: Sequence[tuple[np.ndarray, list[Visual]]],
@@ -412,7 +412,8 @@ class PlumeForEmbedding(nn.Module):
         """Replace rows that would go on generating by the official loop's result."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         following = F.linear(hidden, head.weight).float().argmax(dim=-1).tolist()
-        runaway = [row for row, token in enumerate(following) if token not in self.tokens.eos]
+        stop = self.tokens.eos - {self.tokens.gen_emb}
+        runaway = [row for row, token in enumerate(following) if token not in stop]
         if runaway:
             hidden = hidden.clone()
         for row in runaway:

@@ -96,7 +96,11 @@ def rows_of_batch(
             f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
         )
     ids = input_ids.cpu().numpy().astype(np.int64)
-    keep = np.ones_like(ids, dtype=bool) if attention_mask is None else attention_mask.cpu().numpy() != 0
+    keep = (
+        np.ones_like(ids, dtype=bool)
+        if attention_mask is None
+        else attention_mask.cpu().numpy() != 0
+    )
     image_feed, video_feed = _Feed("image", images, config), _Feed("video", videos, config)
     rows = []
     for row in range(ids.shape[0]):

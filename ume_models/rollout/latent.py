@@ -112,7 +112,9 @@ class LatentRollout:
         hidden, latents = self._roll(z, context, lengths, cache, plan, trace)
         if not trace:
             return hidden, None
-        return hidden, RolloutTrace(latents.float().cpu(), anchor.float().cpu(), hidden.float().cpu())
+        return hidden, RolloutTrace(
+            latents.float().cpu(), anchor.float().cpu(), hidden.float().cpu()
+        )
 
     def _roll(
         self,
@@ -179,7 +181,12 @@ class LatentRollout:
     ) -> torch.Tensor:
         """Pack, embed, insert visual tokens and prefill; states at ``read``, row after row."""
         limit = self.config.max_position_embeddings
-        spans, ids, positions, wanted, visuals, start = [], [], [], [], [], 0
+        spans: list[Span] = []
+        ids: list[torch.Tensor] = []
+        positions: list[torch.Tensor] = []
+        wanted: list[int] = []
+        visuals: list[Visual] = []
+        start = 0
         for slot, (sequence, header) in enumerate(zip(batch, headers, strict=True)):
             if len(sequence) > limit:
                 raise CapacityError(

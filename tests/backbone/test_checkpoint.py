@@ -1,0 +1,261 @@
+"""Reading every official layout, merging LoRA, writing back, and refusing damaged files."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ume_models
+from ume_models.backbone.checkpoint import write_state
+from ume_models.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+
+
+def rewrite(directory, change):
+    """Apply ``change(state)`` to the weights of a checkpoint."""
+    state = load_file(directory / WEIGHTS)
+    change(state)
+    save_file({k: v.contiguous() for k, v in state.items()}, directory / WEIGHTS)
+
+
+def embedding(directory, recorded, **options):
+    model = ume_models.load(directory, max_new_tokens=0, **options)
+    return model.embed(**recorded.inputs("image_wide"))[0]
+
+
+def agrees(directory, recorded, **options):
+    got = embedding(directory, recorded, **options)
+    return float((got - recorded.expected("image_wide", "disc_k8")).abs().max()) <= 1e-5
+
+
+@pytest.mark.compat
+def test_newer_key_prefixes(copied_checkpoint, recorded):
+    def newer(state):
+        for key in list(state):
+            name = key
+            if key.startswith("model."):
+                name = "model.language_model." + key.removeprefix("model.")
+            elif key.startswith("visual."):
+                name = "model." + key
+            state[name] = state.pop(key)
+
+    rewrite(copied_checkpoint, newer)
+    assert agrees(copied_checkpoint, recorded)
+
+
+def test_shards(copied_checkpoint, recorded):
+    state = load_file(copied_checkpoint / WEIGHTS)
+    write_state(copied_checkpoint, state, max_shard_bytes=1_000_000)
+    shards = sorted(p.name for p in copied_checkpoint.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert not (copied_checkpoint / WEIGHTS).exists()
+    assert agrees(copied_checkpoint, recorded)
+    (copied_checkpoint / shards[1]).unlink()
+    with pytest.raises(CheckpointError, match=rf"shards .* missing: {re.escape(shards[1])}"):
+        ume_models.load(copied_checkpoint)
+
+
+@pytest.mark.compat
+def test_save_and_load_again(tmp_path, load_recorded, recorded):
+    load_recorded(engine="fast").save_pretrained(tmp_path / "a")
+    saved = load_file(tmp_path / "a" / WEIGHTS)
+    assert "model.layers.0.self_attn.q_proj.weight" in saved
+    assert "latent_moe_transition.router.weight" in saved
+    assert agrees(tmp_path / "a", recorded)
+    ume_models.load(tmp_path / "a").save_pretrained(tmp_path / "a")  # onto itself
+    assert agrees(tmp_path / "a", recorded)
+    again = ume_models.load(tmp_path / "a", engine="reference", max_new_tokens=0)
+    assert again.fingerprint == load_recorded(engine="fast").fingerprint
+
+
+@pytest.mark.compat
+def test_saved_checkpoint_loads_in_transformers(tmp_path, load_recorded, recorded):
+    from transformers import Qwen2VLForConditionalGeneration
+
+    model = load_recorded(engine="fast")
+    model.save_pretrained(tmp_path)
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)
+    expected = model.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(theirs.model.language_model.layers[1].mlp.up_proj.weight, expected)
+    assert torch.equal(theirs.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def make_lora(directory, base, rank=2, alpha=6.0, **config):
+    directory.mkdir()
+    torch.manual_seed(0)
+    module = "model.layers.1.self_attn.q_proj"
+    a, b = torch.randn(rank, 128) * 0.1, torch.randn(128, rank) * 0.1
+    state = load_file(base / WEIGHTS)
+    adapter = {k: v for k, v in state.items() if k.startswith("latent_moe_transition.")}
+    save_file(
+        {
+            f"base_model.model.{module}.lora_A.weight": a,
+            f"base_model.model.{module}.lora_B.weight": b,
+        },
+        directory / "adapter_model.safetensors",
+    )
+    save_file(adapter, directory / WEIGHTS)
+    described = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "base_model_name_or_path": str(base),
+        **config,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(described))
+    return f"{module}.weight", alpha / rank * (b @ a)
+
+
+def test_lora_is_merged(tmp_path, copied_checkpoint, recorded):
+    key, delta = make_lora(tmp_path / "lora", copied_checkpoint)
+
+    def without_adapter(state):
+        for name in [k for k in state if k.startswith("latent_moe_transition.")]:
+            del state[name]
+
+    merged = tmp_path / "merged"
+    ume_models.load(copied_checkpoint).save_pretrained(merged)
+    rewrite(merged, lambda state: state.update({key: state[key] + delta}))
+    rewrite(copied_checkpoint, without_adapter)  # the adapter is in the LoRA folder
+    got = embedding(tmp_path / "lora", recorded)
+    torch.testing.assert_close(got, embedding(merged, recorded), rtol=0, atol=1e-6)
+    assert float((got - recorded.expected("image_wide", "disc_k8")).abs().max()) > 1e-3
+    torch.testing.assert_close(
+        got, embedding(tmp_path / "lora", recorded, base=copied_checkpoint), rtol=0, atol=0
+    )
+
+
+def test_lora_that_does_not_fit(tmp_path, copied_checkpoint):
+    make_lora(tmp_path / "dora", copied_checkpoint, use_dora=True)
+    with pytest.raises(CheckpointError, match=r"only plain LoRA"):
+        ume_models.load(tmp_path / "dora")
+    make_lora(tmp_path / "lora", copied_checkpoint)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({k.replace("layers.1", "layers.9"): v for k, v in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match=r"layers\.9.*does not fit"):
+        ume_models.load(tmp_path / "lora")
+
+
+@pytest.mark.filterwarnings("ignore:.*untrained.*")
+def test_vocabulary_follows_the_tokenizer(copied_checkpoint, recorded):
+    embed = "model.embed_tokens.weight"
+    rewrite(
+        copied_checkpoint,
+        lambda s: s.update({embed: torch.cat([s[embed], torch.full((30, 128), 9.0)])}),
+    )
+    assert agrees(copied_checkpoint, recorded)
+    rewrite(copied_checkpoint, lambda s: s.update({embed: s[embed][:-60]}))
+    with pytest.raises(CheckpointError, match="belongs to another checkpoint"):
+        ume_models.load(copied_checkpoint)
+
+
+def test_adapter_is_strict(copied_checkpoint, recorded):
+    name = "latent_moe_transition.experts.2.fc1.weight"
+    rewrite(copied_checkpoint, lambda s: s.update({name: s[name][:, :64]}))
+    with pytest.raises(CheckpointError, match=r"experts\.2\.fc1\.weight is \(256, 64\)"):
+        ume_models.load(copied_checkpoint)
+    rewrite(copied_checkpoint, lambda s: s.pop(name))
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing.*experts.2.fc1"):
+        ume_models.load(copied_checkpoint)
+    rewrite(
+        copied_checkpoint,
+        lambda s: [s.pop(k) for k in list(s) if k.startswith("latent_moe_transition.")],
+    )
+    with pytest.raises(CheckpointError, match="not a PLUME checkpoint"):
+        ume_models.load(copied_checkpoint)
+    assert ume_models.load(copied_checkpoint, adapter=False).latent_moe_transition is None
+
+
+def test_unknown_adapter_tensors(copied_checkpoint):
+    rewrite(copied_checkpoint, lambda s: s.update({"latent_moe_transition.gate": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=r"unknown adapter tensors.*gate"):
+        ume_models.load(copied_checkpoint)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(copied_checkpoint, value):
+    name = "model.layers.2.mlp.up_proj.weight"
+    rewrite(copied_checkpoint, lambda s: s[name].view(-1)[77:79].fill_(value))
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} has 2 NaN or infinite"):
+        ume_models.load(copied_checkpoint)
+
+
+def test_truncated_weights(copied_checkpoint):
+    file = copied_checkpoint / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated"):
+        ume_models.load(copied_checkpoint)
+    file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated"):
+        ume_models.load(copied_checkpoint)
+
+
+def test_pickled_weights_are_not_read(copied_checkpoint):
+    (copied_checkpoint / WEIGHTS).rename(copied_checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"only pickled weights.*safetensors only"):
+        ume_models.load(copied_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", "config.json: file not found"),
+        ("preprocessor_config.json", "no preprocessor_config.json.*copy it"),
+        ("tokenizer.json", "no tokenizer.json or vocab.json; copy"),
+    ],
+)
+def test_missing_files_are_explained(copied_checkpoint, name, message):
+    (copied_checkpoint / name).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        ume_models.load(copied_checkpoint)
+
+
+@pytest.mark.compat
+def test_missing_chat_template_is_explained(copied_checkpoint, recorded):
+    path = copied_checkpoint / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    content.pop("chat_template")
+    path.write_text(json.dumps(content))
+    assert agrees(copied_checkpoint, recorded)  # chat_template.json serves
+    (copied_checkpoint / "chat_template.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no chat template; copy chat_template.json"):
+        ume_models.load(copied_checkpoint)
+
+
+def test_tokenizer_of_the_base_model(copied_checkpoint):
+    path = copied_checkpoint / "tokenizer.json"
+    path.write_text(path.read_text().replace("<gen_emb>", "<other>"))
+    with pytest.raises(CheckpointError, match="does not know <gen_emb>"):
+        ume_models.load(copied_checkpoint)
+
+
+def test_other_architectures_and_paths(copied_checkpoint, tmp_path):
+    path = copied_checkpoint / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match=r"model_type is 'llama'"):
+        ume_models.load(copied_checkpoint)
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match=r"not valid JSON"):
+        ume_models.load(copied_checkpoint)
+    with pytest.raises(CheckpointError, match=r"no such directory"):
+        ume_models.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is a file"):
+        ume_models.load(path)
+
+
+def test_arguments_out_of_range(checkpoint_dir):
+    for options, message in (
+        ({"latent_steps": -1}, "latent_steps"),
+        ({"context": "both"}, "context must be"),
+        ({"engine": "quick"}, "engine must be"),
+        ({"dtype": "int8"}, "dtype must be"),
+        ({"top_k": 9}, "top_k must be 1 … 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ume_models.load(checkpoint_dir, **options)

@@ -1,0 +1,137 @@
+"""The decode step against transformers' own decoder layer and against a plain attention loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ume_kernels import DecoderLayerWeights, LayerShape, decode_layer
+from ume_kernels.decode.reference import ragged_attention, rope_cos_sin
+
+
+def make_layer(width=48, heads=4, kv_heads=2, dim=16, inner=96, dtype=torch.float32):
+    def draw(*shape):
+        return torch.randn(*shape, dtype=dtype) * 0.2
+
+    weights = DecoderLayerWeights(
+        input_norm=1 + draw(width),
+        q_weight=draw(heads * dim, width),
+        q_bias=draw(heads * dim),
+        k_weight=draw(kv_heads * dim, width),
+        k_bias=draw(kv_heads * dim),
+        v_weight=draw(kv_heads * dim, width),
+        v_bias=draw(kv_heads * dim),
+        o_weight=draw(width, heads * dim),
+        post_norm=1 + draw(width),
+        gate_weight=draw(inner, width),
+        up_weight=draw(inner, width),
+        down_weight=draw(width, inner),
+    )
+    return weights, LayerShape(heads, kv_heads, dim, 1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=5),
+    queries=st.integers(1, 8),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_ragged_attention_equals_a_plain_loop(lengths, queries, kv_heads, group, seed):
+    torch.manual_seed(seed)
+    batch, dim = len(lengths), 8
+    capacity = max(lengths) + queries + 3
+    q = torch.randn(batch, queries, kv_heads * group, dim)
+    keys, values = torch.randn(2, batch, kv_heads, capacity, dim).unbind(0)
+    got = ragged_attention(q, keys, values, torch.tensor(lengths))
+    for b, length in enumerate(lengths):
+        for i in range(queries):
+            for h in range(kv_heads * group):
+                seen = length + i + 1
+                k, v = keys[b, h // group, :seen], values[b, h // group, :seen]
+                p = torch.softmax(k @ q[b, i, h] / dim**0.5, dim=0)
+                torch.testing.assert_close(got[b, i, h], p @ v, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.compat
+def test_layer_equals_transformers(tmp_path):
+    """One row, prompt and then two chunks, against Qwen2's decoder layer over the whole text."""
+    from transformers import Qwen2Config, Qwen2Model
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        vocab_size=11,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        attn_implementation="eager",
+    )
+    theirs = Qwen2Model(config).eval()
+    layer = theirs.layers[0]
+    a, m = layer.self_attn, layer.mlp
+    weights = DecoderLayerWeights(
+        layer.input_layernorm.weight, a.q_proj.weight, a.q_proj.bias, a.k_proj.weight,
+        a.k_proj.bias, a.v_proj.weight, a.v_proj.bias, a.o_proj.weight,
+        layer.post_attention_layernorm.weight, m.gate_proj.weight, m.up_proj.weight,
+        m.down_proj.weight,
+    )  # fmt: skip
+    shape = LayerShape(4, 2, 12, 1e-6)
+    theirs.norm = torch.nn.Identity()
+    embeds = torch.randn(1, 9, 48)
+    with torch.inference_mode():
+        expected = theirs(inputs_embeds=embeds).last_hidden_state
+        inv_freq = 10000.0 ** (-torch.arange(0, 12, 2).float() / 12)
+        keys, values = torch.zeros(2, 1, 2, 16, 12).unbind(0)
+        got = []
+        for start, stop in ((0, 4), (4, 5), (5, 9)):
+            cos, sin = rope_cos_sin(torch.arange(start, stop)[None], inv_freq, torch.float32)
+            lengths = torch.tensor([start])
+            got.append(
+                decode_layer(
+                    embeds[:, start:stop], cos, sin, keys, values, lengths, weights, shape, stop
+                )
+            )
+    torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_do_not_see_each_other_or_the_unused_arena():
+    torch.manual_seed(1)
+    weights, shape = make_layer()
+    lengths = torch.tensor([3, 7, 1])
+    hidden = torch.randn(3, 2, 48)
+    inv_freq = 10000.0 ** (-torch.arange(0, 16, 2).float() / 16)
+    cos, sin = rope_cos_sin(lengths[:, None] + torch.arange(2), inv_freq, torch.float32)
+    keys, values = torch.randn(2, 3, 2, 32, 16).unbind(0)
+    noisy_keys, noisy_values = keys.clone(), values.clone()
+    for row, length in enumerate(lengths):
+        noisy_keys[row, :, int(length) + 2 :] = 1e4
+        noisy_values[row, :, int(length) + 2 :] = -1e4
+    together = decode_layer(hidden, cos, sin, noisy_keys, noisy_values, lengths, weights, shape, 9)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = decode_layer(
+            hidden[one], cos[one], sin[one], keys[one].clone(), values[one].clone(),
+            lengths[one], weights, shape, int(lengths[row]) + 2,
+        )  # fmt: skip
+        torch.testing.assert_close(together[one], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_arguments_are_named():
+    weights, shape = make_layer()
+    hidden = torch.randn(1, 1, 48)
+    keys, values = torch.zeros(2, 1, 2, 8, 16).unbind(0)
+    cos = sin = torch.ones(1, 1, 16)
+    with pytest.raises(ValueError, match="do not fit an arena of capacity 8"):
+        decode_layer(hidden, cos, sin, keys, values, torch.tensor([8]), weights, shape, 9)
+    with pytest.raises(ValueError, match="lengths must be"):
+        decode_layer(hidden, cos, sin, keys, values, torch.tensor([1, 2]), weights, shape, 8)
+    with pytest.raises(ValueError, match="values must be"):
+        decode_layer(hidden, cos, sin, keys, values[:, :1], torch.tensor([1]), weights, shape, 8)

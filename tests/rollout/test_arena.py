@@ -1,0 +1,138 @@
+"""The arena and the header cache: exact sizes, reuse, and no leak between batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ume_models.backbone.config import read_config
+from ume_models.rollout.arena import CAPACITY_STEP, KVArena
+from ume_models.rollout.headers import HeaderCache
+from ume_models.rollout.sequence import Visual, build_sequence
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint_dir):
+    return read_config(checkpoint_dir)
+
+
+def test_arena_is_reused_and_grows(config):
+    arena = KVArena(config, torch.float32, torch.device("cpu"))
+    cache = arena.begin([5, 9], 4)
+    assert cache.shape == (3, 2, 2, 2, CAPACITY_STEP, 32)
+    assert arena.nbytes == arena.bytes_for(2, 13) == cache.nbytes
+    where = cache.data_ptr()
+    assert arena.begin([60], 4).data_ptr() == where
+    assert arena.begin([CAPACITY_STEP], 1).shape[4] == 2 * CAPACITY_STEP
+    arena.release()
+    assert arena.nbytes == 0
+
+
+def test_nothing_stale_is_left_behind_a_row(config):
+    arena = KVArena(config, torch.float32, torch.device("cpu"))
+    arena.begin([30, 30], 4).fill_(float("nan"))
+    cache = arena.begin([7, 20], 4)
+    assert torch.isfinite(cache[:, :, 0, :, 7:]).all()
+    assert torch.isfinite(cache[:, :, 1, :, 20:]).all()
+
+
+def test_a_poisoned_arena_does_not_change_embeddings(load_recorded, recorded):
+    model = load_recorded(engine="fast")
+    batch = recorded.batch(recorded.names, "right", pad_id=0)
+    expected = model.embed(**batch)
+    storage = model.rollout.arena._storage
+    storage.fill_(float("nan"))
+    assert torch.equal(model.embed(**batch), expected)
+    storage.normal_(0, 1e3)
+    alone = model.embed(**recorded.inputs("text_only"))[0]
+    row = recorded.names.index("text_only")
+    assert float((alone - expected[row]).abs().max()) <= 2e-6
+
+
+def test_arena_stops_growing(load_recorded, recorded):
+    model = load_recorded(engine="fast")
+    batch = recorded.batch(recorded.names, "right", pad_id=0)
+    model.embed(**batch)
+    held = model.rollout.arena.nbytes
+    for name in recorded.names:
+        model.embed(**recorded.inputs(name))
+    assert model.rollout.arena.nbytes == held
+
+
+def sequence(config, ids, patches=None):
+    visuals = [] if patches is None else [Visual(patches, (1, 2, 2))]
+    return build_sequence(np.array(ids), config, visuals)
+
+
+def test_longest_matching_header_wins(config):
+    image = config.image_token_id
+    blank = torch.ones(4, config.vision.patch_dim)
+    computed = []
+
+    def compute(prompt):
+        computed.append(len(prompt))
+        return torch.zeros(1)
+
+    cache = HeaderCache()
+    cache.register(sequence(config, [1, 2]))
+    cache.register(sequence(config, [1, 2, image, 3], blank))
+    text = sequence(config, [1, 2, image, 3, 9, 9], blank.clone())
+    photo = sequence(config, [1, 2, image, 3, 9, 9], blank * 2)
+    assert len(cache.match(text, compute).sequence) == 4
+    assert len(cache.match(photo, compute).sequence) == 2, "another image must not match"
+    assert len(cache.match(sequence(config, [1, 2, 7]), compute).sequence) == 2
+    assert cache.match(sequence(config, [1, 2]), compute) is None, "nothing would be left"
+    assert cache.match(sequence(config, [2, 2, 7]), compute) is None
+    cache.match(text, compute)
+    assert computed == [4, 2], "each header is computed once"
+    cache.forget()
+    cache.match(text, compute)
+    assert computed == [4, 2, 4]
+
+
+def test_headers_save_work_and_do_not_change_the_embedding(load_recorded, recorded, monkeypatch):
+    model = load_recorded(engine="fast")
+    items = [{"text": "sales by month"}, {"text": "a red circle"}, {"text": "x"}]
+    seen = []
+    prefill = model.model.prefill
+
+    def counting(embeds, *rest):
+        seen.append(len(embeds))
+        return prefill(embeds, *rest)
+
+    monkeypatch.setattr(model.model, "prefill", counting)
+    model.encode(items)  # computes the header
+    seen.clear()
+    with_header = model.encode(items)
+    monkeypatch.setattr(model.rollout.headers, "match", lambda *_: None)
+    without = model.encode(items)
+    assert seen[0] <= seen[1] - 3 * 10, "ten header tokens and more per row"
+    assert float((with_header - without).abs().max()) <= 2e-6
+
+
+def test_changed_weights_need_a_refresh(checkpoint_dir):
+    import ume_models
+
+    model = ume_models.load(checkpoint_dir)
+    before = model.encode([{"text": "hello"}])
+    print_before = model.fingerprint
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    model.refresh()
+    after = model.encode([{"text": "hello"}])
+    assert not torch.allclose(before, after, atol=1e-3)
+    assert model.fingerprint != print_before
+    official = ume_models.load(checkpoint_dir, engine="reference", max_new_tokens=0)
+    official.load_state_dict(model.state_dict())
+    official.refresh()
+    assert float((official.encode([{"text": "hello"}]) - after).abs().max()) <= 1e-5
+
+
+def test_moving_the_model_refreshes_by_itself(checkpoint_dir):
+    import ume_models
+
+    model = ume_models.load(checkpoint_dir)
+    exact = model.encode([{"text": "hello"}])
+    model.to(torch.float64)
+    assert float((model.encode([{"text": "hello"}]) - exact).abs().max()) <= 1e-5
