@@ -8,16 +8,15 @@ Keys are handled in the published (older) form: ``model.layers.*``, ``visual.*``
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ume_models.atomic import replacing, write_atomically
 from ume_models.backbone.config import read_json
 from ume_models.errors import CheckpointError
 
@@ -211,29 +210,10 @@ def fit(
     return [key for key in state if key not in expected]
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write(temporary path)`` and rename the result onto ``path`` once it is on disk."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: object) -> None:
     """Write ``content`` as JSON, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, text.encode())
 
 
 def write_state(
@@ -250,17 +230,18 @@ def write_state(
         shards[-1][key] = tensor.detach().cpu().contiguous()
         filled += size
 
-    def save(shard: dict[str, torch.Tensor]) -> Callable[[Path], None]:
-        return lambda temporary: save_file(shard, str(temporary), metadata={"format": "pt"})
+    def save(name: str, shard: dict[str, torch.Tensor]) -> None:
+        with replacing(directory / name) as temporary:
+            save_file(shard, temporary, metadata={"format": "pt"})
 
     if len(shards) == 1:
-        write_atomically(directory / SINGLE_FILE, save(shards[0]))
+        save(SINGLE_FILE, shards[0])
         (directory / INDEX_FILE).unlink(missing_ok=True)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_atomically(directory / name, save(shard))
+        save(name, shard)
         weight_map.update(dict.fromkeys(shard, name))
     total = sum(t.numel() * t.element_size() for t in state.values())
     write_json(

@@ -1,0 +1,50 @@
+"""``python -m benchmarks.report RESULTS.json``: one Markdown row per case, engines side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry per case with the best round of each engine, in seconds per sample."""
+    cases: dict[str, dict[str, Any]] = {}
+    for entry in results["benchmarks"]:
+        info = entry["extra_info"]
+        case = cases.setdefault(entry["group"], {"case": entry["group"]})
+        case[info["engine"]] = entry["stats"]["min"] / info["samples"]
+        if info["engine"] == "fast":
+            extra = info["peak_bytes"] - info["weight_bytes"] - info["arena_bytes"]
+            case.update(extra=extra / 1e9, tokens=info["prompt_tokens"])
+    return list(cases.values())
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table, and the machine it was measured on."""
+    info = results["benchmarks"][0]["extra_info"]
+    lines = [
+        "| input | prompt tokens | official loop | fast engine | ratio "
+        "| memory above weights and arena |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows(results):
+        if "fast" in row and "reference" in row:
+            lines.append(
+                f"| {row['case']} | {row['tokens']:.0f} | {row['reference']:.2f} s "
+                f"| {row['fast']:.2f} s | **{row['reference'] / row['fast']:.1f}×** "
+                f"| {row['extra']:.2f} GB |"
+            )
+    lines += [
+        "",
+        f"Seconds per sample, best round; {info['cpu']}, {info['threads']} threads, "
+        f"torch {info['torch']}, transformers {info['transformers']}, {results['datetime'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m benchmarks.report RESULTS.json")
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())))

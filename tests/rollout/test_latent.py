@@ -1,0 +1,93 @@
+"""Properties of the rollout itself: its passes, its positions, and no host reads in the loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ume_kernels.moe_transition import op as moe_op
+from ume_kernels.moe_transition.reference import moe_transition_reference
+
+HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "item")
+
+
+class RecordOps(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def model(load_recorded):
+    return load_recorded(engine="fast")
+
+
+def test_the_loop_reads_nothing_on_the_host(model, recorded, monkeypatch):
+    """With the adapter's masked form, which is what runs where a host read would wait."""
+    monkeypatch.setattr(moe_op, "moe_transition_cpu", moe_transition_reference)
+    recorder = RecordOps()
+    roll = model.rollout._roll
+
+    def recording(*args):
+        with recorder:
+            return roll(*args)
+
+    monkeypatch.setattr(model.rollout, "_roll", recording)
+    batch = recorded.batch(recorded.names, "left", pad_id=0)
+    got = model.embed(**batch, exclude_experts=(1,))
+    assert len(recorder.names) > 500
+    assert not [name for name in recorder.names if name in HOST_READS]
+    monkeypatch.undo()
+    assert float((model.embed(**batch, exclude_experts=(1,)) - got).abs().max()) <= 2e-6
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 8])
+def test_k_latents_cost_k_passes_after_the_prefill(model, recorded, monkeypatch, steps):
+    calls = []
+    decode = model.model.decode
+
+    def counting(embeds, lengths, *rest):
+        calls.append((embeds.shape[1], lengths.tolist()))
+        return decode(embeds, lengths, *rest)
+
+    monkeypatch.setattr(model.model, "decode", counting)
+    names = ["text_only", "video_8"]
+    model.embed(**recorded.batch(names, "right", pad_id=0), latent_steps=steps)
+    prompt = [len(recorded.tensors[f"{n}.input_ids"]) + len(model.prefix_ids) for n in names]
+    suffix = len(model.suffix_ids)
+    expected = [(1, [n + k for n in prompt]) for k in range(steps - 1)]
+    expected.append((suffix + min(steps, 1), [n + max(steps - 1, 0) for n in prompt]))
+    assert calls == expected, "one token per row at the row's own KV length, then one chunk"
+
+
+def test_the_prefill_computes_no_logits_and_no_padding(model, recorded, monkeypatch):
+    rows = []
+    prefill = model.model.prefill
+
+    def counting(embeds, *rest):
+        rows.append(len(embeds))
+        return prefill(embeds, *rest)
+
+    monkeypatch.setattr(model.model, "prefill", counting)
+    names = ["text_only", "text_long"]
+    # these prompts have no image, so only the system turn before it would be a shared header
+    monkeypatch.setattr(model.rollout.headers, "match", lambda *_: None)
+    model.embed(**recorded.batch(names, "left", pad_id=0))
+    real = sum(len(recorded.tensors[f"{n}.input_ids"]) + len(model.prefix_ids) for n in names)
+    assert rows == [real]
+    vocabulary = model.model.embed_tokens.weight.shape[0]
+
+    class NoHead(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and func.overloadpacket.__name__ in ("mm", "addmm"):
+                assert out.shape[-1] != vocabulary, "logits were computed"
+            return out
+
+    with NoHead():
+        model.embed(**recorded.inputs("text_only"))

@@ -1,0 +1,55 @@
+"""Files that exist completely or not at all, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_TEMPORARY = ".partial"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file in the same folder that becomes ``path`` when the block ends well.
+
+    A reader sees the old file or the new one, never half of it. The bytes are flushed to the disk
+    before the name changes in one step; the folder is flushed last, so a following write cannot
+    overtake it. When the block raises, ``path`` is unchanged and the temporary file is gone.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, all of it or nothing; errors as ``replacing``."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def remove_leftovers(folder: Path, prefix: str) -> None:
+    """Delete the temporary files of interrupted writes of files whose name begins so."""
+    for leftover in folder.glob(f".{prefix}*{_TEMPORARY}"):
+        leftover.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there; renames are journalled
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
