@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from benchmarks.machine import cpu_name
 from benchmarks.shaped import SHAPES
 from ume_models.backbone.config import BackboneConfig, parse_config
+from ume_models.commands.machine import cpu_name
 
 SUFFIX = 6
 LATENTS = 8

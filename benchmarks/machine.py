@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
 import torch
 import transformers
 
-
-def cpu_name() -> str:
-    """The processor's own name, or the architecture where it has none."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+from ume_models.commands.machine import cpu_name
 
 
 def describe() -> dict[str, str | int]:

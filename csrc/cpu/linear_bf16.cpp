@@ -1,0 +1,198 @@
+// Small-batch bf16 linear on the CPU: row-major weights as they lie, read once at memory speed.
+//
+// Each tile of kTileRows weight rows is one unit of parallel work. Inside it, register blocks of
+// R weight rows x C rows of x share their loads; see linear_bf16_tile.inc for the loop nest and
+// the order of accumulation.
+#include "ume/linear_bf16.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "ume/simd.h"
+
+#ifdef UME_X86
+#include <immintrin.h>
+#endif
+
+namespace ume {
+namespace {
+
+using u16 = std::uint16_t;
+using i64 = std::int64_t;
+
+constexpr int kTileRows = 16;         // weight rows per tile
+constexpr int kMaxRows = 16;          // rows of x whose accumulators are live at once
+constexpr i64 kSliceElements = 8192;  // x elements per k-block: 16 KiB
+
+UME_INLINE float from_bf16(u16 v) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(v) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+// Round to nearest even; NaN stays NaN.
+UME_INLINE u16 to_bf16(float f) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<u16>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+namespace scalar {
+#define UME_TARGET
+// Eight lanes keep the compiler free to use whatever vectors the baseline has.
+constexpr int kStep = 8, kAccFloats = 8;
+struct Acc { float lane[8]; };
+using Vec = Acc;
+UME_INLINE static Acc zero() { return Acc{}; }
+UME_INLINE static Vec load(const u16* p) {
+  Vec v;
+  for (int i = 0; i < 8; ++i) v.lane[i] = from_bf16(p[i]);
+  return v;
+}
+UME_INLINE static Vec load_tail(const u16* p, int count) {
+  Vec v{};
+  for (int i = 0; i < count; ++i) v.lane[i] = from_bf16(p[i]);
+  return v;
+}
+UME_INLINE static Acc dot(Acc acc, const Vec& a, const Vec& b) {
+  for (int i = 0; i < 8; ++i) acc.lane[i] += a.lane[i] * b.lane[i];
+  return acc;
+}
+UME_INLINE static Acc load_acc(const float* p) {
+  Acc a;
+  std::memcpy(a.lane, p, sizeof a.lane);
+  return a;
+}
+UME_INLINE static void store_acc(float* p, const Acc& a) { std::memcpy(p, a.lane, sizeof a.lane); }
+static void sum_tile(const float* acc, float* out) {
+  for (int r = 0; r < kTileRows; ++r, acc += 8)
+    out[r] = ((acc[0] + acc[4]) + (acc[2] + acc[6])) + ((acc[1] + acc[5]) + (acc[3] + acc[7]));
+}
+#include "linear_bf16_tile.inc"
+#undef UME_TARGET
+}  // namespace scalar
+
+#ifdef UME_X86
+
+namespace avx2 {
+#define UME_TARGET __attribute__((target("avx2,fma")))
+constexpr int kStep = 16, kAccFloats = 8;
+using Acc = __m256;
+struct Vec { __m256 even, odd; };
+UME_TARGET UME_INLINE static Acc zero() { return _mm256_setzero_ps(); }
+// A bf16 is the upper half of an fp32: shift the even elements up, mask the odd ones in place.
+UME_TARGET UME_INLINE static Vec widen(__m256i raw) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(raw, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(raw, upper))};
+}
+UME_TARGET UME_INLINE static Vec load(const u16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+UME_TARGET UME_INLINE static Vec load_tail(const u16* p, int count) {
+  alignas(32) u16 buffer[16] = {};
+  std::memcpy(buffer, p, static_cast<std::size_t>(count) * sizeof(u16));
+  return widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(buffer)));
+}
+UME_TARGET UME_INLINE static Acc dot(Acc acc, const Vec& a, const Vec& b) {
+  return _mm256_fmadd_ps(a.odd, b.odd, _mm256_fmadd_ps(a.even, b.even, acc));
+}
+UME_TARGET UME_INLINE static Acc load_acc(const float* p) { return _mm256_load_ps(p); }
+UME_TARGET UME_INLINE static void store_acc(float* p, Acc a) { _mm256_store_ps(p, a); }
+UME_TARGET static void sum_tile(const float* acc, float* out) {
+  for (int r = 0; r < kTileRows; ++r, acc += 8) {
+    const __m256 a = _mm256_load_ps(acc);
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    out[r] = _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+}
+#include "linear_bf16_tile.inc"
+#undef UME_TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define UME_TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")))
+constexpr int kStep = 32, kAccFloats = 16;
+using Acc = __m512;
+struct Vec { __m512 even, odd; };
+UME_TARGET UME_INLINE static Acc zero() { return _mm512_setzero_ps(); }
+UME_TARGET UME_INLINE static Vec widen(__m512i raw) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(raw, upper))};
+}
+UME_TARGET UME_INLINE static Vec load(const u16* p) { return widen(_mm512_loadu_si512(p)); }
+UME_TARGET UME_INLINE static Vec load_tail(const u16* p, int count) {
+  return widen(_mm512_maskz_loadu_epi16((1u << count) - 1u, p));
+}
+UME_TARGET UME_INLINE static Acc dot(Acc acc, const Vec& a, const Vec& b) {
+  return _mm512_fmadd_ps(a.odd, b.odd, _mm512_fmadd_ps(a.even, b.even, acc));
+}
+UME_TARGET UME_INLINE static Acc load_acc(const float* p) { return _mm512_load_ps(p); }
+UME_TARGET UME_INLINE static void store_acc(float* p, Acc a) { _mm512_store_ps(p, a); }
+#include "sum_tile_avx512.inc"
+#include "linear_bf16_tile.inc"
+#undef UME_TARGET
+}  // namespace avx512
+
+#ifdef UME_HAS_AVX512BF16_COMPILER
+namespace avx512_bf16 {
+#define UME_TARGET \
+  __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+constexpr int kStep = 32, kAccFloats = 16;
+using Acc = __m512;
+using Vec = __m512i;
+UME_TARGET UME_INLINE static Acc zero() { return _mm512_setzero_ps(); }
+UME_TARGET UME_INLINE static Vec load(const u16* p) { return _mm512_loadu_si512(p); }
+UME_TARGET UME_INLINE static Vec load_tail(const u16* p, int count) {
+  return _mm512_maskz_loadu_epi16((1u << count) - 1u, p);
+}
+UME_TARGET UME_INLINE static Acc dot(Acc acc, Vec a, Vec b) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+}
+UME_TARGET UME_INLINE static Acc load_acc(const float* p) { return _mm512_load_ps(p); }
+UME_TARGET UME_INLINE static void store_acc(float* p, Acc a) { _mm512_store_ps(p, a); }
+#include "sum_tile_avx512.inc"
+#include "linear_bf16_tile.inc"
+#undef UME_TARGET
+}  // namespace avx512_bf16
+#endif
+
+#endif  // UME_X86
+
+using TileFn = void (*)(const LinearBf16&, i64);
+
+TileFn tile_for(Isa isa) {
+  if (!isa_supported(isa))
+    throw std::invalid_argument(std::string("this processor or build has no ") + isa_name(isa) +
+                                " path");
+  switch (isa) {
+#ifdef UME_X86
+    case Isa::kAvx2: return avx2::tile;
+    case Isa::kAvx512f: return avx512::tile;
+#ifdef UME_HAS_AVX512BF16_COMPILER
+    case Isa::kAvx512Bf16: return avx512_bf16::tile;
+#endif
+#endif
+    default: return scalar::tile;
+  }
+}
+
+}  // namespace
+
+void linear_bf16(const LinearBf16& args, int threads, Isa isa) {
+  const TileFn tile = tile_for(isa);
+  const i64 tiles = (args.n + kTileRows - 1) / kTileRows;
+  if (threads > tiles) threads = static_cast<int>(tiles);
+  if (args.m <= 0 || tiles == 0) return;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#endif
+  for (i64 t = 0; t < tiles; ++t) tile(args, t * kTileRows);
+}
+
+}  // namespace ume

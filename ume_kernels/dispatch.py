@@ -1,0 +1,225 @@
+"""Which implementation of an operation runs, and why.
+
+Every operation registers the backends it has, best first, each with a check that answers for given
+tensors. ``select`` takes the first that can and should run. A caller or the environment variable
+``UME_BACKEND`` can insist on one: it then runs or raises, it is never replaced silently.
+
+``UME_BACKEND`` is either one backend for every operation (``torch``) or a list for single ones
+(``linear:torch,decode:torch``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+import torch
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Check",
+    "Obstacle",
+    "OpReport",
+    "explain",
+    "operations",
+    "register",
+    "select",
+]
+
+ENVIRONMENT = "UME_BACKEND"
+
+
+class Backend(str, Enum):
+    """Ways to run an operation."""
+
+    TORCH = "torch"
+    """Eager PyTorch: the reference, and what runs everywhere."""
+    NATIVE = "native"
+    """C++ for the CPU, in ``ume_kernels._C``."""
+    TRITON = "triton"
+    CUDA = "cuda"
+    """CUDA C++ in ``ume_kernels._C``."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class BackendError(ValueError):
+    """A backend was asked for by name and does not exist or cannot run here."""
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a backend does not run: ``reason`` in words, ``soft`` if it could but should not.
+
+    ``missing`` and ``remedy`` name what to install, when that is what stands in the way.
+    """
+
+    reason: str
+    soft: bool = False
+    missing: str | None = None
+    remedy: str | None = None
+
+
+Check = Callable[[Sequence[torch.Tensor | None]], "Obstacle | None"]
+"""Called with an operation's tensors, or with none to ask about the machine alone."""
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """The backend an operation would use on this machine and, if it is not the best, why."""
+
+    op: str
+    backend: Backend
+    reason: str
+    missing: str | None = None
+    remedy: str | None = None
+
+
+def always(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
+    """The check of a backend that runs everywhere."""
+    return None
+
+
+_OPERATIONS: dict[str, dict[Backend, Check]] = {
+    # Plain PyTorch so far. An operation with kernels registers itself from its op.py.
+    "moe_transition": {Backend.TORCH: always},
+    "decode": {Backend.TORCH: always},
+    "similarity_topk": {Backend.TORCH: always},
+}
+
+
+def register(op: str, backends: Mapping[Backend, Check]) -> None:
+    """Declare the backends of `op`, best first. The last must be one that runs everywhere."""
+    if not backends:
+        raise ValueError(f"operation {op!r} needs at least one backend")
+    _OPERATIONS[op] = dict(backends)
+
+
+def operations() -> Mapping[str, Sequence[Backend]]:
+    """Every registered operation with its backends, best first."""
+    return {op: tuple(backends) for op, backends in _OPERATIONS.items()}
+
+
+def _names(backends: Sequence[Backend] | type[Backend]) -> str:
+    return ", ".join(b.value for b in backends)
+
+
+def _backend(name: str, where: str) -> Backend:
+    try:
+        return Backend(name.strip().lower())
+    except ValueError:
+        raise BackendError(
+            f"{where}: unknown backend {name!r}; valid ones are {_names(Backend)}"
+        ) from None
+
+
+@lru_cache(maxsize=8)
+def _parse(value: str) -> tuple[Backend | None, Mapping[str, Backend]]:
+    """UME_BACKEND as (backend for every operation, backend for single ones)."""
+    where = f"{ENVIRONMENT}={value!r}"
+    if not value.strip():
+        return None, {}
+    if ":" not in value:
+        return _backend(value, where), {}
+    single: dict[str, Backend] = {}
+    for entry in value.split(","):
+        op, _, name = entry.partition(":")
+        single[op.strip()] = _backend(name, where)
+        if op.strip() not in _OPERATIONS:
+            raise BackendError(
+                f"{where}: unknown operation {op.strip()!r}; valid ones are "
+                f"{', '.join(_OPERATIONS)}"
+            )
+    return None, single
+
+
+def requested(op: str) -> Backend | None:
+    """The backend that the environment insists on for `op`, None when it leaves the choice."""
+    value = os.environ.get(ENVIRONMENT)
+    if not value:
+        return None
+    everywhere, single = _parse(value)
+    return single.get(op, everywhere)
+
+
+def _backends(op: str) -> dict[Backend, Check]:
+    try:
+        return _OPERATIONS[op]
+    except KeyError:
+        raise BackendError(
+            f"unknown operation {op!r}; valid ones are {', '.join(_OPERATIONS)}"
+        ) from None
+
+
+def _insist(op: str, backend: Backend, tensors: Sequence[torch.Tensor | None]) -> Backend:
+    backends = _backends(op)
+    if backend not in backends:
+        raise BackendError(
+            f"operation {op!r} has no backend {backend.value!r}; it has {_names(list(backends))}. "
+            f"To choose for single operations: {ENVIRONMENT}={op}:{next(iter(backends)).value}"
+        )
+    obstacle = backends[backend](tensors)
+    if obstacle is not None and not obstacle.soft:
+        remedy = f"; {obstacle.remedy}" if obstacle.remedy else ""
+        raise BackendError(
+            f"backend {backend.value!r} of operation {op!r} cannot run: {obstacle.reason}{remedy}"
+        )
+    return backend
+
+
+def select(op: str, *tensors: torch.Tensor | None, backend: Backend | str | None = None) -> Backend:
+    """The backend that `op` uses for `tensors`.
+
+    `backend`, else ``UME_BACKEND``, is binding. BackendError: unknown operation or backend, or the
+    one insisted on cannot run for these tensors.
+    """
+    if backend is not None:
+        return _insist(op, _backend(str(backend), "backend"), tensors)
+    wanted = requested(op)
+    if wanted is not None:
+        return _insist(op, wanted, tensors)
+    for candidate, check in _backends(op).items():
+        if check(tensors) is None:
+            return candidate
+    raise BackendError(f"no backend of operation {op!r} can run for these tensors")
+
+
+def explain() -> list[OpReport]:
+    """For every operation, what would run on this machine and why. Touches no GPU.
+
+    BackendError when ``UME_BACKEND`` asks for what an operation does not have.
+    """
+    reports = []
+    for op, backends in _OPERATIONS.items():
+        wanted = requested(op)
+        if wanted is not None:
+            _insist(op, wanted, ())
+            reports.append(OpReport(op, wanted, f"{ENVIRONMENT} asks for it"))
+            continue
+        passed: list[tuple[Backend, Obstacle]] = []
+        for backend, check in backends.items():
+            obstacle = check(())
+            if obstacle is not None:
+                passed.append((backend, obstacle))
+                continue
+            if passed:
+                reason = "; ".join(f"no {b.value}: {o.reason}" for b, o in passed)
+            else:
+                reason = "the only backend" if len(backends) == 1 else "the fastest backend"
+            first = passed[0][1] if passed else None
+            reports.append(
+                OpReport(
+                    op,
+                    backend,
+                    reason,
+                    first.missing if first else None,
+                    first.remedy if first else None,
+                )
+            )
+            break
+    return reports
