@@ -1,0 +1,323 @@
+"""The ``ume`` command: names, options and help. What a command does is in ``commands``.
+
+Nothing heavy is imported here, so that ``ume --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+app = typer.Typer(
+    name="ume",
+    help="Embed text, images, video and pages with a reasoning embedder, and search them.",
+    epilog="Begin with: ume demo.  Help of a command: ume embed --help.  "
+    "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but items were skipped, "
+    "130 interrupted.  UME_DEBUG=1 shows the traceback of a failure.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Engine(str, Enum):
+    """Which implementation embeds."""
+
+    FAST = "fast"
+    REFERENCE = "reference"
+
+
+class DemoEngine(str, Enum):
+    """Which implementations the demo runs."""
+
+    BOTH = "both"
+    FAST = "fast"
+    REFERENCE = "reference"
+
+
+class Mode(str, Enum):
+    """Which hidden state is the embedding."""
+
+    GEN = "gen"
+    DISC = "disc"
+    LAST = "last"
+
+
+class Context(str, Enum):
+    """What the router sees beside the latent state."""
+
+    DISC = "disc"
+    PREFIX_LAST = "prefix_last"
+    NONE = "none"
+
+
+class DType(str, Enum):
+    """Number format of weights and activations."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class OnError(str, Enum):
+    """What an unusable item does."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+class MultiImage(str, Enum):
+    """Which images of an item count."""
+
+    ALL = "all"
+    FIRST = "first"
+
+
+class IndexType(str, Enum):
+    """Which index searches."""
+
+    EXACT = "exact"
+    FAISS = "faiss"
+
+
+DeviceOption = Annotated[
+    str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, …", metavar="DEVICE")
+]
+WorkersOption = Annotated[
+    int, typer.Option(min=0, help="Threads that read and decode media ahead of the model.")
+]
+HtmlOption = Annotated[
+    Optional[Path],  # noqa: UP045 - evaluated at run time
+    typer.Option("--html", help="Write a page with pictures of the results.", metavar="FILE"),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import ume_models
+
+        print(f"ume {ume_models.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    html: Annotated[
+        Path, typer.Option("--html", help="Where to write the gallery.", metavar="FILE")
+    ] = Path("ume-demo.html"),
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Checkpoint folder.", metavar="PATH", show_default="the bundled one"),
+    ] = None,
+    queries: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Queries per task.", metavar="N", show_default="all"),
+    ] = None,
+    engine: Annotated[
+        DemoEngine, typer.Option(help="What to run; only both can be compared.")
+    ] = DemoEngine.BOTH,
+) -> None:
+    """Try it: embed the shipped examples, rank them, compare both engines, show pictures.
+
+    Needs no data, no network and no GPU, and takes well under two minutes.
+
+    [bold]Example[/]
+
+        ume demo --html gallery.html
+    """
+    from ume_models.commands import demo as command
+
+    command.run(html=html, model=model, queries=queries, engine=engine.value)
+
+
+@app.command()
+def embed(
+    items: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ITEMS.jsonl",
+            help="One JSON object per line: text, image | images | video (a list of frames), "
+            "instruction, id. Paths are relative to this file's folder.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the embeddings.")
+    ],
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Checkpoint folder.", metavar="PATH", show_default="the bundled one"),
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="'reference' follows the official code step by step, slowly.")
+    ] = Engine.FAST,
+    device: DeviceOption = "auto",
+    dtype: Annotated[DType, typer.Option(help="Number format of the model.")] = DType.AUTO,
+    mode: Annotated[
+        Mode,
+        typer.Option(help="gen: after the latent steps; disc: before them; last: last token."),
+    ] = Mode.GEN,
+    latent_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Latent steps.", metavar="K", show_default="8"),
+    ] = None,
+    context: Annotated[
+        Context, typer.Option(help="What the router sees beside the latent state.")
+    ] = Context.DISC,
+    batch_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            help="Tokens per batch; lower needs less memory.",
+            metavar="N",
+            show_default="by device",
+        ),
+    ] = None,
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Items per shard; a stopped run loses at most one shard.")
+    ] = 1024,
+    workers: WorkersOption = 2,
+    on_error: Annotated[
+        OnError,
+        typer.Option(help="What to do with an item that cannot be embedded; skips are recorded."),
+    ] = OnError.STOP,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace embeddings made with other settings.")
+    ] = False,
+    multi_image: Annotated[
+        Optional[MultiImage],  # noqa: UP045
+        typer.Option(
+            help="Items with several images: embed all of them, or only the first one as the "
+            "official evaluation does.",
+            show_default="refuse them",
+        ),
+    ] = None,
+) -> None:
+    """Embed a file of items into a folder. A stopped run goes on where it was.
+
+    The folder gets manifest.json and shards of safetensors and JSON files.
+    After a stop, run the same command again: the result is the same to the byte.
+
+    [bold]Examples[/]
+
+        ume embed items.jsonl -o index
+
+        ume embed items.jsonl -o index --model PLUME-2B --on-error skip
+    """
+    from ume_models.commands import embed as command
+    from ume_models.commands.encoding import BUNDLED, EncodingOptions
+
+    options = EncodingOptions(
+        model=model or BUNDLED,
+        engine=engine.value,
+        device=device,
+        dtype=dtype.value,
+        mode=mode.value,
+        latent_steps=latent_steps,
+        context=context.value,
+        multi_image=multi_image.value if multi_image else None,
+        batch_tokens=batch_tokens,
+    )
+    skip_or_stop: Literal["stop", "skip"] = "skip" if on_error is OnError.SKIP else "stop"
+    command.run(
+        items,
+        output,
+        options,
+        shard_size=shard_size,
+        workers=workers,
+        on_error=skip_or_stop,
+        overwrite=overwrite,
+    )
+
+
+@app.command()
+def search(
+    index: Annotated[
+        Path, typer.Option("--index", metavar="DIR", help="Folder written by `ume embed`.")
+    ],
+    queries: Annotated[
+        Path,
+        typer.Option("--queries", metavar="Q.jsonl", help="Queries, in the format of items."),
+    ],
+    k: Annotated[int, typer.Option("-k", min=1, help="Results per query.")] = 10,
+    html: HtmlOption = None,
+    json_to: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--json", metavar="FILE|-", help="Write the results as JSON; - is stdout."),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Where the checkpoint is now.",
+            metavar="PATH",
+            show_default="as recorded in the index",
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
+    index_type: Annotated[
+        IndexType, typer.Option(help="faiss needs: pip install faiss-cpu")
+    ] = IndexType.EXACT,
+    workers: WorkersOption = 2,
+) -> None:
+    """Rank the items of an index for each query of a file.
+
+    Queries are embedded with the model and the settings recorded in the index.
+
+    [bold]Examples[/]
+
+        ume search --index index --queries queries.jsonl -k 5 --html results.html
+
+        ume search --index index --queries queries.jsonl --json - > results.json
+    """
+    from ume_models.commands import search as command
+
+    command.run(
+        index,
+        queries,
+        k=k,
+        model=model,
+        device=device,
+        index_type=index_type.value,
+        workers=workers,
+        html=html,
+        json_to=json_to,
+    )
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable report.")] = False,
+) -> None:
+    """Show versions, devices, what would run here and why, and what is missing.
+
+    Ends with 0 when the package can be used, else with 1.
+    """
+    from ume_models.commands import doctor as command
+
+    command.run(as_json)
+
+
+def main() -> None:
+    """Entry point of the ``ume`` command."""
+    app(prog_name="ume")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""``ume demo``: the shipped held-out items through both engines, measured, compared and shown."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import ume_models
+from ume_models import encode
+from ume_models.atomic import write_atomically
+from ume_models.commands import machine
+from ume_models.commands.console import messages, results
+from ume_models.commands.demo_gallery import demo_gallery
+from ume_models.commands.demo_tasks import DemoTask, load_tasks
+from ume_models.commands.outcome import failures_reported
+from ume_models.retrieval import ExactIndex, RankingQuality, SearchResult, ranking_quality
+from ume_models.retrieval.gallery import render_gallery
+
+_TOP = 10
+_BUNDLED = "the bundled model, which is small and knows these kinds of pictures only"
+# The reference engine works item by item. A slow machine stops it after the task in which this
+# much time is over, and the comparison then covers the tasks that both engines have done.
+_REFERENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """One engine over the items of one task.
+
+    Attributes:
+        embeddings: float32 ``[Q + N, D]`` of the queries, then of the candidates.
+        ranking: all candidates for every query, best first.
+        seconds: wall time of embedding, media decoding included.
+    """
+
+    embeddings: torch.Tensor
+    ranking: SearchResult
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """One engine over the tasks, or the first of them.
+
+    Attributes:
+        name: of the engine.
+        dtype: of the weights.
+        tasks: the finished tasks, in order.
+    """
+
+    name: str
+    dtype: str
+    tasks: Sequence[TaskRun]
+
+    def first(self, count: int) -> EngineRun:
+        """The same run, as if it had ended after ``count`` tasks."""
+        return EngineRun(self.name, self.dtype, self.tasks[:count])
+
+    @property
+    def items(self) -> int:
+        """Number of embedded items."""
+        return sum(len(task.embeddings) for task in self.tasks)
+
+    @property
+    def seconds(self) -> float:
+        """Time of embedding them, after a warm-up."""
+        return sum(task.seconds for task in self.tasks)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two engines agree.
+
+    Attributes:
+        max_difference: largest absolute difference of two numbers.
+        min_cosine: smallest cosine of two embeddings of an item.
+        same_top_1, same_top_10: share of queries with the same best result, and with the same
+            ten best in the same order.
+    """
+
+    max_difference: float
+    min_cosine: float
+    same_top_1: float
+    same_top_10: float
+
+
+def run(html: Path, model: str | None, queries: int | None, engine: str) -> None:
+    """Embed, rank, compare, print and write the gallery."""
+    with failures_reported():
+        tasks = load_tasks(queries)
+        names = ["fast", "reference"] if engine == "both" else [engine]
+        load = machine.load_average()
+        runs = _run_engines(names, model, tasks)
+        done = runs[0].tasks
+        qualities = [
+            ranking_quality(finished.ranking.ids, task.relevant, len(task.candidates))
+            for task, finished in zip(tasks, done, strict=False)
+        ]
+        lines = [*_run_lines(runs, len(tasks)), f"Machine: {_machine_line(runs[0], load)}"]
+        console = results()
+        _print_quality(console, tasks, qualities, runs[0].name)
+        for line in lines:
+            console.print(line, soft_wrap=True)
+        page = demo_gallery(
+            tasks[: len(done)],
+            [finished.ranking for finished in done],
+            qualities,
+            lines,
+            _BUNDLED if model is None else f"the model {model}",
+        )
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(html, render_gallery(page).encode())
+        place = html.resolve()
+        console.print(f"\nGallery of the queries and what was found: {place}", soft_wrap=True)
+
+
+def _run_engines(
+    names: Sequence[str], path: str | None, tasks: Sequence[DemoTask]
+) -> list[EngineRun]:
+    """Every engine over the tasks, taking turns, so that a busy machine slows all of them."""
+    chosen: Sequence[Any] = names
+    models: dict[str, Any] = {name: ume_models.load(path, engine=name) for name in chosen}
+    finished: dict[str, list[TaskRun]] = {name: [] for name in names}
+    for model in models.values():
+        # The first call allocates and builds what later calls reuse.
+        encode.encode_detailed(model, [tasks[0].queries[0], tasks[0].candidates[0]], progress=False)
+    for number, task in enumerate(tasks, start=1):
+        messages().print(f"task {number} of {len(tasks)}: {task.name}", markup=False)
+        for name, model in models.items():
+            spent = sum(done.seconds for done in finished[name])
+            if name == "fast" or spent <= _REFERENCE_SECONDS:
+                finished[name].append(_run_task(model, task))
+    return [
+        EngineRun(name, str(models[name].dtype).removeprefix("torch."), finished[name])
+        for name in names
+    ]
+
+
+def _run_task(model: Any, task: DemoTask) -> TaskRun:
+    begun = time.perf_counter()
+    items = [*task.queries, *task.candidates]
+    embeddings = encode.encode_detailed(model, items, progress=False).embeddings
+    seconds = time.perf_counter() - begun
+    split = len(task.queries)
+    index = ExactIndex(embeddings[split:], [item.id for item in task.candidates])
+    return TaskRun(embeddings, index.search(embeddings[:split], len(index)), seconds)
+
+
+def compare(one: EngineRun, other: EngineRun) -> Agreement:
+    """Agreement of two runs over the same tasks."""
+    ours, theirs = (torch.cat([task.embeddings for task in run.tasks]) for run in (one, other))
+    pairs = [
+        (mine, yours)
+        for left, right in zip(one.tasks, other.tasks, strict=True)
+        for mine, yours in zip(left.ranking.ids, right.ranking.ids, strict=True)
+    ]
+    cosines = torch.nn.functional.cosine_similarity(ours.double(), theirs.double(), dim=1)
+    return Agreement(
+        max_difference=float((ours - theirs).abs().max()),
+        min_cosine=float(cosines.min()),
+        same_top_1=sum(mine[0] == yours[0] for mine, yours in pairs) / len(pairs),
+        same_top_10=sum(mine[:_TOP] == yours[:_TOP] for mine, yours in pairs) / len(pairs),
+    )
+
+
+def _print_quality(
+    console: Console, tasks: Sequence[DemoTask], qualities: Sequence[RankingQuality], engine: str
+) -> None:
+    table = Table(title=f"Held-out retrieval, {engine} engine", title_justify="left")
+    for name in ("task", "kind"):
+        table.add_column(name)
+    for name in ("queries", "candidates", "hit@1", "hit@5", "MRR", "chance hit@1"):
+        table.add_column(name, justify="right")
+    for task, quality in zip(tasks, qualities, strict=True):
+        table.add_row(
+            task.name,
+            task.kind,
+            str(quality.queries),
+            str(quality.candidates),
+            f"{quality.hit_at_1:.2f}",
+            f"{quality.hit_at_5:.2f}",
+            f"{quality.mrr:.2f}",
+            f"{quality.chance:.3f}",
+            end_section=task is tasks[-1],
+        )
+    hit_at_1, hit_at_5, mrr, chance = (
+        sum(getattr(quality, name) for quality in qualities) / len(qualities)
+        for name in ("hit_at_1", "hit_at_5", "mrr", "chance")
+    )
+    means = (f"{hit_at_1:.2f}", f"{hit_at_5:.2f}", f"{mrr:.2f}", f"{chance:.3f}")
+    table.add_row("mean", "", "", "", *means)
+    console.print(table)
+
+
+def _run_lines(runs: Sequence[EngineRun], tasks: int) -> list[str]:
+    """What was measured, in sentences: agreement and speed over the same items of this run."""
+    if len(runs) == 1:
+        return [_speed_line(runs[0])]
+    fast, reference = runs[0].first(len(runs[1].tasks)), runs[1]
+    found = compare(fast, reference)
+    ratios = [
+        slow.seconds / quick.seconds
+        for quick, slow in zip(fast.tasks, reference.tasks, strict=True)
+    ]
+    lines = [
+        f"Agreement of the engines: largest difference of two numbers {found.max_difference:.1e}, "
+        f"smallest cosine {found.min_cosine:.7f}",
+        f"Same best result for {found.same_top_1:.1%} of the queries, "
+        f"same ten best in the same order for {found.same_top_10:.1%}",
+        _speed_line(fast),
+        _speed_line(reference),
+        f"Speed-up in this run: {statistics.median(ratios):.1f}× (median of the tasks, "
+        f"{reference.seconds / fast.seconds:.1f}× in total time; this model is small, larger "
+        "ones have other ratios)",
+    ]
+    if len(reference.tasks) < tasks:
+        lines.insert(
+            0,
+            f"The reference engine was stopped after {len(reference.tasks)} of {tasks} tasks, "
+            f"which took {reference.seconds:.0f} s; the comparison covers these",
+        )
+    return lines
+
+
+def _speed_line(run: EngineRun) -> str:
+    rate = run.items / run.seconds
+    return f"{run.name} engine: {run.items} items in {run.seconds:.2f} s, {rate:.1f} items/s"
+
+
+def _machine_line(run: EngineRun, load: float | None) -> str:
+    if torch.cuda.is_available():
+        place = torch.cuda.get_device_name()
+    else:
+        place = f"{machine.cpu_name()}, {torch.get_num_threads()} threads"
+    line = f"{place}, {run.dtype}, torch {torch.__version__}"
+    if load is not None and load > machine.usable_cores():
+        line += (
+            f"; busy with other work (load {load:.1f} on {machine.usable_cores()} cores "
+            "at the beginning), so the times are not to be relied on"
+        )
+    return line

@@ -1,0 +1,74 @@
+"""``ume embed``: a file of items to a folder of embeddings, resumable shard by shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from ume_models.commands.console import messages
+from ume_models.commands.encoding import EncodingOptions, describe_run, embed_rows, load_model
+from ume_models.commands.items_file import ItemsFile
+from ume_models.commands.outcome import ExitCode, failures_reported
+from ume_models.commands.progress import ItemProgress
+from ume_models.store import EmbeddingStore, Skipped
+
+_SHOWN = 10
+
+
+def run(
+    items_path: Path,
+    output: Path,
+    options: EncodingOptions,
+    *,
+    shard_size: int,
+    workers: int,
+    on_error: Literal["stop", "skip"],
+    overwrite: bool,
+) -> None:
+    """Embed every item that is not in ``output`` yet; exits with 3 if any was skipped."""
+    hint = "Finished shards are kept: run the same command again to go on."
+    with failures_reported(when_interrupted=hint):
+        items = ItemsFile(items_path, on_error)
+        model = load_model(options)
+        manifest = describe_run(model, options, items, output, shard_size)
+        with EmbeddingStore.begin(output, manifest, overwrite=overwrite) as store:
+            pending = store.pending()
+            done = len(items) - sum(len(store.item_range(shard)) for shard in pending)
+            if done:
+                _tell(f"{output}: {done} of {len(items)} items are done, going on from there")
+            with ItemProgress(len(items), done) as progress:
+                for shard in pending:
+                    rows = store.item_range(shard)
+                    with progress.part(len(rows)) as within:
+                        content = embed_rows(
+                            model,
+                            options,
+                            items,
+                            rows,
+                            on_error=on_error,
+                            workers=workers,
+                            progress=within,
+                        )
+                        store.write(shard, content)
+            skipped = store.skipped()
+        print(
+            f"{len(items) - len(skipped)} embeddings of {manifest.hidden_size} numbers "
+            f"in {store.num_shards} shards: {output}"
+        )
+        if skipped:
+            _list_skipped(skipped)
+            raise typer.Exit(ExitCode.SKIPPED)
+
+
+def _list_skipped(skipped: list[Skipped]) -> None:
+    _tell(f"{len(skipped)} items were skipped:")
+    for entry in skipped[:_SHOWN]:
+        _tell(f"  {entry.id}: {entry.reason}")
+    if len(skipped) > _SHOWN:
+        _tell(f"  … and {len(skipped) - _SHOWN} more, in the shard-*.json files under 'skipped'")
+
+
+def _tell(text: str) -> None:
+    messages().print(text, markup=False)

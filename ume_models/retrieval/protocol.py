@@ -1,0 +1,50 @@
+"""What every index offers: search by inner product, save and load without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best candidates of each query, best first.
+
+    Attributes:
+        scores: float32 ``[Q, k]``, inner products.
+        rows: int64 ``[Q, k]``, positions of the candidates in the index.
+        ids: Q lists of k candidate ids.
+    """
+
+    scores: torch.Tensor
+    rows: torch.Tensor
+    ids: list[list[str]]
+
+
+@runtime_checkable
+class Index(Protocol):
+    """A searchable set of embeddings with ids."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Ids of the candidates, by row."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Columns D of the embeddings."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def search(self, queries: torch.Tensor, k: int) -> SearchResult:
+        """The ``k`` candidates with the largest inner product for each query ``[Q, D]``."""
+        ...
+
+    def save(self, directory: str | Path) -> None:
+        """Write the index as safetensors and JSON."""
+        ...

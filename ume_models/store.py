@@ -1,0 +1,452 @@
+"""Embeddings on disk: fixed shards written one by one, so that a stopped run can go on.
+
+    DIR/manifest.json                        what the embeddings are of and how they were made
+    DIR/shard-00000-of-00012.json            the items of the shard, and those that were skipped
+    DIR/shard-00000-of-00012.safetensors     "embeddings" [n, D] float32, "rows" [n] int64
+
+A shard is a fixed range of the items, whatever was done before, so a resumed run writes the same
+bytes as an uninterrupted one. Its JSON is written first and its tensors last: a shard is done when
+its tensor file is there, complete, and names the digest of the JSON beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as tensors_to_bytes
+
+from ume_models.atomic import remove_leftovers, write_atomically
+from ume_models.errors import StoreError
+
+FORMAT = "ume-embeddings"
+FORMAT_VERSION = 1
+_MANIFEST = "manifest.json"
+_SHARD_NAME = re.compile(r"shard-\d{5,}-of-\d{5,}\.(safetensors|json)")
+# Told for the reader's sake; a run with another value of these still writes the same embeddings.
+_INFORMATIVE = frozenset({"model", "media_folders"})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds. Two runs may share a store when these agree.
+
+    Attributes:
+        package_version: version of this package that began the store.
+        model: path or name of the checkpoint, as given.
+        fingerprint: identity of its weights and configuration.
+        hidden_size: columns D of the embeddings.
+        encoding: every setting that changes an embedding (mode, latent steps, dtype, …).
+        items_digest: SHA-256 of the items file.
+        num_items: items in that file.
+        shard_size: items per shard.
+        media_folders: folders against which media paths of the items are resolved.
+    """
+
+    package_version: str
+    model: str
+    fingerprint: str
+    hidden_size: int
+    encoding: Mapping[str, Any]
+    items_digest: str
+    num_items: int
+    shard_size: int
+    media_folders: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as it is written, with the name and version of the format."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields["encoding"] = dict(self.encoding)
+        fields["media_folders"] = list(self.media_folders)
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **fields}
+
+    @classmethod
+    def from_json(cls, value: Any, source: Path) -> Manifest:
+        """Inverse of ``to_json``.
+
+        Raises:
+            StoreError: not a manifest, of a newer format, or a field is missing or ill-typed.
+        """
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise StoreError(f"{source} is not the manifest of an embedding store")
+        if value.get("format_version") != FORMAT_VERSION:
+            raise StoreError(
+                f"{source} has format version {value.get('format_version')!r}; this version of "
+                f"ume reads {FORMAT_VERSION}: update ume, or embed the items again"
+            )
+        types: dict[str, type] = {
+            "package_version": str,
+            "model": str,
+            "fingerprint": str,
+            "hidden_size": int,
+            "encoding": dict,
+            "items_digest": str,
+            "num_items": int,
+            "shard_size": int,
+            "media_folders": list,
+        }
+        for name, kind in types.items():
+            if not isinstance(value.get(name), kind):
+                raise StoreError(f"{source}: {name!r} is missing or not a {kind.__name__}")
+        if value["num_items"] < 1 or value["shard_size"] < 1 or value["hidden_size"] < 1:
+            raise StoreError(f"{source}: num_items, shard_size and hidden_size must be positive")
+        return cls(**{name: value[name] for name in types})
+
+    def differences(self, other: Manifest) -> list[str]:
+        """One line for each setting in which ``other`` is not what this store holds."""
+        mine, theirs = _flat(self.to_json()), _flat(other.to_json())
+        return [
+            f"{name}: {mine.get(name)!r} in the store, {theirs.get(name)!r} now"
+            for name in sorted(mine.keys() | theirs.keys())
+            if name not in _INFORMATIVE and mine.get(name) != theirs.get(name)
+        ]
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their plain name; JSON round trip, so that tuples and lists compare equal."""
+    plain: dict[str, Any] = json.loads(json.dumps(fields))
+    return {**plain.pop("encoding"), **plain}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of an item beside its embedding, enough to show it.
+
+    Attributes:
+        id: the item's id.
+        text: its text, possibly empty.
+        images: paths of its images, as in the items file.
+        video: paths of its frames.
+    """
+
+    id: str
+    text: str = ""
+    images: tuple[str, ...] = ()
+    video: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are not empty."""
+        fields: dict[str, Any] = {"id": self.id}
+        if self.text:
+            fields["text"] = self.text
+        if self.images:
+            fields["images"] = list(self.images)
+        if self.video:
+            fields["video"] = list(self.video)
+        return fields
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Record:
+        """Inverse of ``to_json``."""
+        return cls(
+            id=str(value["id"]),
+            text=str(value.get("text", "")),
+            images=tuple(map(str, value.get("images", ()))),
+            video=tuple(map(str, value.get("video", ()))),
+        )
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An item that has no embedding, and why.
+
+    Attributes:
+        row: its position among all items, from 0.
+        id: its id.
+        reason: what was wrong with it.
+    """
+
+    row: int
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The embeddings of one range of items.
+
+    Attributes:
+        rows: int64 ``[n]``, increasing positions of the items among all items.
+        embeddings: float32 ``[n, D]``.
+        records: n records, in the same order.
+        skipped: the items of the range without a row.
+    """
+
+    rows: torch.Tensor
+    embeddings: torch.Tensor
+    records: Sequence[Record]
+    skipped: Sequence[Skipped] = ()
+
+
+class EmbeddingStore:
+    """A folder of embeddings. ``begin`` opens it for writing, ``open`` a finished one for reading.
+
+    Attributes:
+        directory: the folder.
+        manifest: what it holds.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, lock: int | None = None) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._lock = lock
+
+    @classmethod
+    def begin(
+        cls, directory: str | Path, manifest: Manifest, *, overwrite: bool = False
+    ) -> EmbeddingStore:
+        """Create a store, or go on with one that was begun with the same settings.
+
+        Args:
+            directory: created if missing.
+            manifest: what this run is going to write.
+            overwrite: delete the shards of an earlier run first. No other file is touched.
+
+        Raises:
+            StoreError: the folder holds a store with other settings, which are named, another
+                process is writing to it, or it cannot be read.
+        """
+        directory = Path(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise StoreError(f"{directory} is a file: give the name of a folder") from None
+        store = cls(directory, manifest, _lock_folder(directory))
+        try:
+            store._prepare(overwrite)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def open(cls, directory: str | Path) -> EmbeddingStore:
+        """Open a finished store for reading.
+
+        Raises:
+            StoreError: there is none, or shards are missing or damaged; the remedy is named.
+        """
+        directory = Path(directory)
+        if not (directory / _MANIFEST).is_file():
+            raise StoreError(
+                f"{directory} has no {_MANIFEST}: it is not an embedding store; "
+                f"write one with: ume embed ITEMS.jsonl -o {directory}"
+            )
+        store = cls(directory, _read_manifest(directory))
+        missing = store.pending()
+        if missing:
+            raise StoreError(
+                f"{directory} is not finished: {len(missing)} of {store.num_shards} shards are "
+                "missing or damaged; run the same `ume embed` command again, it goes on from there"
+            )
+        return store
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the finished store."""
+        return -(-self.manifest.num_items // self.manifest.shard_size)
+
+    def item_range(self, shard: int) -> range:
+        """Positions of the items of a shard."""
+        start = shard * self.manifest.shard_size
+        return range(start, min(start + self.manifest.shard_size, self.manifest.num_items))
+
+    def pending(self) -> list[int]:
+        """Numbers of the shards that are not there, incomplete, or do not fit the manifest."""
+        return [shard for shard in range(self.num_shards) if not self._is_done(shard)]
+
+    def write(self, shard: int, content: Shard) -> None:
+        """Write one shard; when this returns, it survives a crash.
+
+        Raises:
+            StoreError: rows are missing or an embedding is not finite; nothing is written.
+            OSError: the disk is full or not writable.
+        """
+        self._check(shard, content)
+        sidecar = {
+            "items": [record.to_json() for record in content.records],
+            "skipped": [vars(skipped) for skipped in content.skipped],
+        }
+        listing = _json_bytes(sidecar)
+        write_atomically(self._path(shard, "json"), listing)
+        tensors = {
+            "embeddings": content.embeddings.contiguous(),
+            "rows": content.rows.contiguous(),
+        }
+        # One entry only: the library writes several in no fixed order, and the bytes would vary.
+        metadata = {"items_sha256": hashlib.sha256(listing).hexdigest()}
+        write_atomically(self._path(shard, "safetensors"), tensors_to_bytes(tensors, metadata))
+
+    def read(self, shard: int) -> Shard:
+        """One finished shard.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        path = self._path(shard, "safetensors")
+        content = self._load(shard)
+        if content is None:
+            raise StoreError(f"{path} is missing or damaged; run the same `ume embed` again")
+        return content
+
+    def shards(self) -> Iterator[Shard]:
+        """All shards in order."""
+        return (self.read(shard) for shard in range(self.num_shards))
+
+    def skipped(self) -> list[Skipped]:
+        """All items without an embedding, of the shards that are done."""
+        return [
+            skipped
+            for shard in range(self.num_shards)
+            if (listing := self._listing(shard)) is not None
+            for skipped in listing[1]
+        ]
+
+    def locate(self, media: str) -> Path:
+        """The file of a media path of a record; the first candidate if none exists."""
+        folders = [self.directory / folder for folder in self.manifest.media_folders] or [Path()]
+        candidates = [folder / media for folder in folders]
+        return next((path for path in candidates if path.is_file()), candidates[0])
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> EmbeddingStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _path(self, shard: int, suffix: str) -> Path:
+        return self.directory / f"shard-{shard:05d}-of-{self.num_shards:05d}.{suffix}"
+
+    def _prepare(self, overwrite: bool) -> None:
+        remove_leftovers(self.directory, "shard-")
+        remove_leftovers(self.directory, _MANIFEST)
+        path = self.directory / _MANIFEST
+        # Tensors before listings, so that a stop in between leaves no shard that looks done.
+        names = filter(_SHARD_NAME.fullmatch, os.listdir(self.directory))
+        shards = [self.directory / name for name in sorted(names, key=lambda n: n.endswith("json"))]
+        if overwrite:
+            for old in [*shards, path]:
+                old.unlink(missing_ok=True)
+        elif path.exists():
+            differences = _read_manifest(self.directory).differences(self.manifest)
+            if differences:
+                raise StoreError(
+                    f"{self.directory} holds embeddings made with other settings:\n  "
+                    + "\n  ".join(differences)
+                    + "\nchoose another folder with -o, or replace them with --overwrite"
+                )
+            return
+        elif shards:
+            raise StoreError(
+                f"{self.directory} has shards but no {_MANIFEST}: "
+                "choose another folder with -o, or replace them with --overwrite"
+            )
+        write_atomically(path, _json_bytes(self.manifest.to_json()))
+
+    def _check(self, shard: int, content: Shard) -> None:
+        rows = [*content.rows.tolist(), *(skipped.row for skipped in content.skipped)]
+        if sorted(rows) != list(self.item_range(shard)):
+            raise StoreError(f"shard {shard} must hold or skip every item of its range once")
+        wanted = (len(content.records), self.manifest.hidden_size)
+        if content.embeddings.shape != wanted or content.embeddings.dtype != torch.float32:
+            raise StoreError(
+                f"shard {shard} must be float32 {list(wanted)}, got {content.embeddings.dtype} "
+                f"{list(content.embeddings.shape)}"
+            )
+        finite = content.embeddings.isfinite().all(dim=1)
+        if not bool(finite.all()):
+            bad = content.records[int(finite.logical_not().nonzero()[0, 0])]
+            raise StoreError(
+                f"the embedding of item {bad.id!r} is not finite: the weights hold NaN or "
+                "infinity, or the dtype is too narrow; try --dtype float32"
+            )
+
+    def _is_done(self, shard: int) -> bool:
+        return self._listing(shard) is not None
+
+    def _listing(self, shard: int) -> tuple[list[Record], list[Skipped]] | None:
+        """Records and skipped items of a shard that is done, else None."""
+        try:
+            listing = self._path(shard, "json").read_bytes()
+            with safe_open(self._path(shard, "safetensors"), framework="pt") as tensors:
+                digest = (tensors.metadata() or {}).get("items_sha256")
+                if digest != hashlib.sha256(listing).hexdigest():
+                    return None
+                shape = tensors.get_slice("embeddings").get_shape()
+                kinds = [tensors.get_slice(name).get_dtype() for name in ("embeddings", "rows")]
+                rows = tensors.get_tensor("rows").tolist()
+            value = json.loads(listing)
+            records = [Record.from_json(item) for item in value["items"]]
+            skipped = [Skipped(**item) for item in value["skipped"]]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+        fits = (
+            kinds == ["F32", "I64"]
+            and shape == [len(records), self.manifest.hidden_size]
+            and sorted([*rows, *(entry.row for entry in skipped)]) == list(self.item_range(shard))
+        )
+        return (records, skipped) if fits else None
+
+    def _load(self, shard: int) -> Shard | None:
+        listing = self._listing(shard)
+        if listing is None:
+            return None
+        with safe_open(self._path(shard, "safetensors"), framework="pt") as tensors:
+            return Shard(tensors.get_tensor("rows"), tensors.get_tensor("embeddings"), *listing)
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / _MANIFEST
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is not valid JSON ({error}): replace the store with --overwrite"
+        ) from None
+    return Manifest.from_json(value, path)
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode(errors="surrogatepass")
+
+
+def _lock_folder(directory: Path) -> int | None:
+    """Hold the folder for this process; released by the system when it ends, however it ends.
+
+    Raises:
+        StoreError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: two writers are the user's own care there
+        return None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreError(f"another process is writing to {directory}: wait for it") from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
