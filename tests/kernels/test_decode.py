@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ume_kernels import DecoderLayerWeights, LayerShape, decode_layer
-from ume_kernels.decode.reference import ragged_attention, rope_cos_sin
+from ume_kernels import DecoderLayerWeights, LayerShape, decode_layer, decode_step
+from ume_kernels.decode.reference import ragged_attention
 
 
 def make_layer(width=48, heads=4, kv_heads=2, dim=16, inner=96, dtype=torch.float32):
@@ -46,7 +46,11 @@ def test_ragged_attention_equals_a_plain_loop(lengths, queries, kv_heads, group,
     capacity = max(lengths) + queries + 3
     q = torch.randn(batch, queries, kv_heads * group, dim)
     keys, values = torch.randn(2, batch, kv_heads, capacity, dim).unbind(0)
-    got = ragged_attention(q, keys, values, torch.tensor(lengths))
+    shape = LayerShape(kv_heads * group, kv_heads, dim, 1e-6)
+    step = decode_step(
+        torch.tensor(lengths), queries, capacity, shape, torch.ones(dim // 2), torch.float32
+    )
+    got = ragged_attention(q, keys, values, step.visible)
     for b, length in enumerate(lengths):
         for i in range(queries):
             for h in range(kv_heads * group):
@@ -92,13 +96,11 @@ def test_layer_equals_transformers(tmp_path):
         keys, values = torch.zeros(2, 1, 2, 16, 12).unbind(0)
         got = []
         for start, stop in ((0, 4), (4, 5), (5, 9)):
-            cos, sin = rope_cos_sin(torch.arange(start, stop)[None], inv_freq, torch.float32)
-            lengths = torch.tensor([start])
-            got.append(
-                decode_layer(
-                    embeds[:, start:stop], cos, sin, keys, values, lengths, weights, shape, stop
-                )
+            step = decode_step(
+                torch.tensor([start]), stop - start, stop, shape, inv_freq, torch.float32
             )
+            chunk = embeds[:, start:stop]
+            got.append(decode_layer(chunk, step, keys, values, weights, shape))
     torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -108,19 +110,19 @@ def test_rows_do_not_see_each_other_or_the_unused_arena():
     lengths = torch.tensor([3, 7, 1])
     hidden = torch.randn(3, 2, 48)
     inv_freq = 10000.0 ** (-torch.arange(0, 16, 2).float() / 16)
-    cos, sin = rope_cos_sin(lengths[:, None] + torch.arange(2), inv_freq, torch.float32)
     keys, values = torch.randn(2, 3, 2, 32, 16).unbind(0)
     noisy_keys, noisy_values = keys.clone(), values.clone()
     for row, length in enumerate(lengths):
         noisy_keys[row, :, int(length) + 2 :] = 1e4
         noisy_values[row, :, int(length) + 2 :] = -1e4
-    together = decode_layer(hidden, cos, sin, noisy_keys, noisy_values, lengths, weights, shape, 9)
+    step = decode_step(lengths, 2, 9, shape, inv_freq, torch.float32)
+    together = decode_layer(hidden, step, noisy_keys, noisy_values, weights, shape)
     for row in range(3):
         one = slice(row, row + 1)
+        step = decode_step(lengths[one], 2, int(lengths[row]) + 2, shape, inv_freq, torch.float32)
         alone = decode_layer(
-            hidden[one], cos[one], sin[one], keys[one].clone(), values[one].clone(),
-            lengths[one], weights, shape, int(lengths[row]) + 2,
-        )  # fmt: skip
+            hidden[one], step, keys[one].clone(), values[one].clone(), weights, shape
+        )
         torch.testing.assert_close(together[one], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -128,10 +130,17 @@ def test_wrong_arguments_are_named():
     weights, shape = make_layer()
     hidden = torch.randn(1, 1, 48)
     keys, values = torch.zeros(2, 1, 2, 8, 16).unbind(0)
-    cos = sin = torch.ones(1, 1, 16)
-    with pytest.raises(ValueError, match="do not fit an arena of capacity 8"):
-        decode_layer(hidden, cos, sin, keys, values, torch.tensor([8]), weights, shape, 9)
-    with pytest.raises(ValueError, match="lengths must be"):
-        decode_layer(hidden, cos, sin, keys, values, torch.tensor([1, 2]), weights, shape, 8)
+
+    def step(lengths, max_length):
+        return decode_step(
+            torch.tensor(lengths), 1, max_length, shape, torch.ones(8), torch.float32
+        )
+
+    with pytest.raises(ValueError, match="9 tokens do not fit an arena of capacity 8"):
+        decode_layer(hidden, step([8], 9), keys, values, weights, shape)
+    with pytest.raises(ValueError, match="step is for"):
+        decode_layer(hidden, step([1, 2], 8), keys, values, weights, shape)
     with pytest.raises(ValueError, match="values must be"):
-        decode_layer(hidden, cos, sin, keys, values[:, :1], torch.tensor([1]), weights, shape, 8)
+        decode_layer(hidden, step([1], 8), keys, values[:, :1], weights, shape)
+    with pytest.raises(ValueError, match="1 … 64 new tokens per row, got 65"):
+        decode_layer(torch.randn(1, 65, 48), step([1], 8), keys, values, weights, shape)

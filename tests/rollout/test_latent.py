@@ -91,3 +91,23 @@ def test_the_prefill_computes_no_logits_and_no_padding(model, recorded, monkeypa
 
     with NoHead():
         model.embed(**recorded.inputs("text_only"))
+
+
+def test_the_vision_tower_is_called_in_pieces(model, recorded, monkeypatch):
+    from ume_models.rollout import latent
+
+    batch = recorded.batch(recorded.names, "left", pad_id=0)
+    expected = model.embed(**batch)
+    sizes = []
+    tower = model.visual.forward
+
+    def counting(patches, grids):
+        sizes.append(len(grids))
+        return tower(patches, grids)
+
+    monkeypatch.setattr(model.visual, "forward", counting)
+    monkeypatch.setitem(latent.VISION_PATCHES, "cpu", 150)
+    got = model.embed(**batch)
+    assert len(sizes) > 2
+    assert sum(sizes) == 8
+    assert float((got - expected).abs().max()) <= 2e-6

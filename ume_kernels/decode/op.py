@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ume_kernels.decode.reference import decode_layer_reference
+from ume_kernels.decode.reference import DecodeStep, decode_layer_reference
 from ume_kernels.decode.weights import DecoderLayerWeights, LayerShape
 from ume_kernels.dispatch import Backend, select
 
@@ -13,14 +13,11 @@ MAX_NEW_TOKENS = 64
 
 def decode_layer(
     hidden: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    step: DecodeStep,
     keys: torch.Tensor,
     values: torch.Tensor,
-    lengths: torch.Tensor,
     weights: DecoderLayerWeights,
     shape: LayerShape,
-    max_length: int,
     *,
     backend: str | Backend | None = None,
 ) -> torch.Tensor:
@@ -37,15 +34,17 @@ def decode_layer(
     batch, queries, _ = hidden.shape
     if not 1 <= queries <= MAX_NEW_TOKENS:
         raise ValueError(f"decode takes 1 … {MAX_NEW_TOKENS} new tokens per row, got {queries}")
+    if step.slots.shape != (batch, queries):
+        raise ValueError(
+            f"step is for {tuple(step.slots.shape)} tokens, hidden has {(batch, queries)}"
+        )
     expected = (batch, shape.num_kv_heads, keys.shape[2], shape.head_dim)
     for name, cache in (("keys", keys), ("values", values)):
         if tuple(cache.shape) != expected:
             raise ValueError(f"{name} must be {expected}, got {tuple(cache.shape)}")
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths must be [{batch}], got {tuple(lengths.shape)}")
-    if max_length > keys.shape[2]:
-        raise ValueError(f"{max_length} tokens do not fit an arena of capacity {keys.shape[2]}")
+    if step.visible.shape[-1] > keys.shape[2]:
+        raise ValueError(
+            f"{step.visible.shape[-1]} tokens do not fit an arena of capacity {keys.shape[2]}"
+        )
     select("decode", hidden, backend=backend)
-    return decode_layer_reference(
-        hidden, cos, sin, keys, values, lengths, weights, shape, max_length
-    )
+    return decode_layer_reference(hidden, step, keys, values, weights, shape)

@@ -9,6 +9,8 @@ well: both compute a layer as transformers' Qwen2-VL decoder does, rounding wher
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -17,10 +19,11 @@ from ume_kernels.linear import linear
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``weight * (x / sqrt(mean(x²) + eps))`` over the last axis, statistics in float32."""
-    wide = x.float()
-    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * scaled.to(x.dtype)
+    """``weight * (x / sqrt(mean(x²) + eps))`` over the last axis, statistics in float32.
+
+    The normalised value is rounded to the type of ``x`` before the weight, as in transformers.
+    """
+    return weight * F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 def rope_cos_sin(
@@ -56,36 +59,75 @@ def mlp(hidden: torch.Tensor, w: DecoderLayerWeights, shape: LayerShape) -> torc
     return hidden + linear(gated, w.down_weight)
 
 
+@dataclass(frozen=True)
+class DecodeStep:
+    """What every layer of one pass shares, computed once per pass.
+
+    Attributes:
+        cos, sin: ``[B, Q, 1, dh]`` rotary tables of the new tokens.
+        rows: int64 ``[B, 1]``, 0 … B - 1.
+        slots: int64 ``[B, Q]``: where in its row each new token is cached.
+        visible: bool ``[B, 1, G·Q, L]``: what a query may see of its row; the G query heads of
+            a KV head come first, then the Q tokens.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    rows: torch.Tensor
+    slots: torch.Tensor
+    visible: torch.Tensor
+
+
+def decode_step(
+    lengths: torch.Tensor,
+    queries: int,
+    max_length: int,
+    shape: LayerShape,
+    inv_freq: torch.Tensor,
+    dtype: torch.dtype,
+) -> DecodeStep:
+    """Tables for ``queries`` new tokens per row at positions ``lengths …`` (int64 ``[B]``).
+
+    ``max_length`` is a host-side bound on ``lengths + queries``, the part of the cache that is
+    read; nothing here reads a device value on the host.
+    """
+    device, batch = lengths.device, lengths.shape[0]
+    slots = lengths[:, None] + torch.arange(queries, device=device)
+    cos, sin = rope_cos_sin(slots, inv_freq, dtype)
+    seen = torch.arange(max_length, device=device) <= slots[..., None]
+    group = shape.num_heads // shape.num_kv_heads
+    visible = seen[:, None].expand(batch, group, queries, max_length)
+    return DecodeStep(
+        cos[:, :, None],
+        sin[:, :, None],
+        torch.arange(batch, device=device)[:, None],
+        slots,
+        visible.reshape(batch, 1, group * queries, max_length),
+    )
+
+
 def ragged_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor
 ) -> torch.Tensor:
-    """Causal attention of the last ``Q`` tokens of every row over its own cache.
+    """Attention of the new tokens of every row over the row's own cache.
 
     Query heads that share a KV head are packed along the query axis, so the cache is read
     once and never repeated.
 
     Args:
-        q: ``[B, Q, H, dh]`` rotated queries of tokens at ``lengths … lengths + Q - 1``.
-        keys, values: ``[B, Hkv, L, dh]``; everything from ``lengths + Q`` on is masked but must
-            be finite.
-        lengths: ``[B]`` tokens cached before these.
+        q: ``[B, Q, H, dh]`` rotated queries.
+        keys, values: ``[B, Hkv, L, dh]``; what is not visible must still be finite.
+        visible: as in ``DecodeStep``.
 
     Returns:
         ``[B, Q, H, dh]``.
     """
     batch, queries, heads, dim = q.shape
-    kv_heads, capacity = keys.shape[1], keys.shape[2]
+    kv_heads = keys.shape[1]
     group = heads // kv_heads
-    offsets = torch.arange(queries, device=q.device)
-    last = lengths[:, None] + offsets
-    visible = torch.arange(capacity, device=q.device) <= last[..., None]
     packed = q.view(batch, queries, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
-    mask = visible[:, None, None].expand(batch, 1, group, queries, capacity)
     out = F.scaled_dot_product_attention(
-        packed.reshape(batch, kv_heads, group * queries, dim),
-        keys,
-        values,
-        attn_mask=mask.reshape(batch, 1, group * queries, capacity),
+        packed.reshape(batch, kv_heads, group * queries, dim), keys, values, attn_mask=visible
     )
     out = out.view(batch, kv_heads, group, queries, dim).permute(0, 3, 1, 2, 4)
     return out.reshape(batch, queries, heads, dim)
@@ -93,25 +135,20 @@ def ragged_attention(
 
 def decode_layer_reference(
     hidden: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    step: DecodeStep,
     keys: torch.Tensor,
     values: torch.Tensor,
-    lengths: torch.Tensor,
     weights: DecoderLayerWeights,
     shape: LayerShape,
-    max_length: int,
 ) -> torch.Tensor:
     """Run one layer over ``Q`` new tokens per row and append their keys and values.
 
     Args:
         hidden: ``[B, Q, D]``.
-        cos, sin: ``[B, Q, dh]`` rotary tables of the new tokens' positions.
+        step: shared tables of this pass, from ``decode_step``.
         keys, values: ``[B, Hkv, C, dh]`` this layer's cache, written in place at
-            ``lengths … lengths + Q - 1`` of every row.
-        lengths: int64 ``[B]`` on the device; not changed.
+            ``step.slots``.
         weights, shape: the layer.
-        max_length: host-side bound on ``lengths + Q`` (the part of the cache that is read).
 
     Returns:
         ``[B, Q, D]``.
@@ -119,12 +156,10 @@ def decode_layer_reference(
     batch, queries, _ = hidden.shape
     normed = rms_norm(hidden, weights.input_norm, shape.rms_eps)
     q, k, v = project_qkv(normed, weights, shape)
-    q = apply_rope(q, cos[:, :, None], sin[:, :, None])
-    k = apply_rope(k, cos[:, :, None], sin[:, :, None])
-    rows = torch.arange(batch, device=hidden.device)[:, None]
-    slots = lengths[:, None] + torch.arange(queries, device=hidden.device)
-    keys[rows, :, slots] = k
-    values[rows, :, slots] = v
-    mixed = ragged_attention(q, keys[:, :, :max_length], values[:, :, :max_length], lengths)
+    q = apply_rope(q, step.cos, step.sin)
+    keys[step.rows, :, step.slots] = apply_rope(k, step.cos, step.sin)
+    values[step.rows, :, step.slots] = v
+    length = step.visible.shape[-1]
+    mixed = ragged_attention(q, keys[:, :, :length], values[:, :, :length], step.visible)
     hidden = hidden + linear(mixed.reshape(batch, queries, -1), weights.o_weight)
     return mlp(hidden, weights, shape)

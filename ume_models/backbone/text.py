@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ume_kernels.decode import DecoderLayerWeights, LayerShape, decode_layer
-from ume_kernels.decode.reference import apply_rope, mlp, project_qkv, rms_norm, rope_cos_sin
+from ume_kernels.decode import DecoderLayerWeights, LayerShape, decode_layer, decode_step
+from ume_kernels.decode.reference import apply_rope, project_qkv, rms_norm
 from ume_kernels.linear import linear
 from ume_models.backbone.config import BackboneConfig
 from ume_models.backbone.mrope import mrope_cos_sin
@@ -154,6 +154,7 @@ class TextModel(nn.Module):
         hidden = embeds
         queries = _all_queries(spans, embeds.device)
         last = len(self.layers) - 1
+        gate, up = embeds.new_empty(2, embeds.shape[0], self.config.intermediate_size).unbind(0)
         picked = torch.tensor(list(wanted), device=embeds.device)
         for number, w in enumerate(self.layer_weights()):
             normed = rms_norm(hidden, w.input_norm, self.shape.rms_eps)
@@ -175,7 +176,7 @@ class TextModel(nn.Module):
             for slot, end, rows, mask in queries:
                 mixed[rows] = _attend(q[rows], keys[slot, :, :end], values[slot, :, :end], mask)
             hidden = hidden + linear(mixed.flatten(1), w.o_weight)
-            hidden = mlp(hidden, w, self.shape)
+            hidden = _mlp(hidden, w, self.shape, gate[: len(hidden)], up[: len(hidden)])
         return self.final_norm(hidden)
 
     def decode(
@@ -200,22 +201,31 @@ class TextModel(nn.Module):
             ``[B, Q, D]`` after the final norm.
         """
         batch, queries, _ = embeds.shape
-        positions = lengths[:, None] + torch.arange(queries, device=embeds.device)
-        cos, sin = rope_cos_sin(positions, inv_freq, embeds.dtype)
+        step = decode_step(lengths, queries, max_length, self.shape, inv_freq, embeds.dtype)
         hidden = embeds
         for number, w in enumerate(layers):
-            hidden = decode_layer(
-                hidden,
-                cos,
-                sin,
-                cache[number, 0, :batch],
-                cache[number, 1, :batch],
-                lengths,
-                w,
-                self.shape,
-                max_length,
-            )
+            keys, values = cache[number, 0, :batch], cache[number, 1, :batch]
+            hidden = decode_layer(hidden, step, keys, values, w, self.shape)
         return self.final_norm(hidden)
+
+
+def _mlp(
+    hidden: torch.Tensor,
+    w: DecoderLayerWeights,
+    shape: LayerShape,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+) -> torch.Tensor:
+    """``ume_kernels.decode.reference.mlp`` for many tokens, without allocating its width.
+
+    The two ``[T, I]`` intermediates are by far the largest of a layer; fresh memory for each of
+    them costs more, page by page, than the arithmetic on them.
+    """
+    m = rms_norm(hidden, w.post_norm, shape.rms_eps)
+    torch.mm(m, w.gate_weight.t(), out=gate)
+    torch.mm(m, w.up_weight.t(), out=up)
+    F.silu(gate, inplace=True).mul_(up)
+    return hidden + torch.mm(gate, w.down_weight.t())
 
 
 class _Queries(NamedTuple):

@@ -27,6 +27,11 @@ from ume_models.rollout.headers import Header, HeaderCache
 from ume_models.rollout.sequence import Sequence, Visual
 
 
+# Patches per call of the vision tower. A thousand rows keep a CPU's matrix units busy; a GPU
+# wants more. One larger image goes alone.
+VISION_PATCHES = {"cpu": 2048, "cuda": 65536}
+
+
 @dataclass(frozen=True)
 class RolloutTrace:
     """Intermediate states, float32 on the CPU.
@@ -216,8 +221,18 @@ class LatentRollout:
         )
 
     def _visual_tokens(self, visuals: Seq[Visual]) -> torch.Tensor:
-        patches = torch.cat([v.patches.to(self.device, self.dtype) for v in visuals])
-        return self.visual(patches, [v.grid for v in visuals])
+        """Visual tokens in order, in calls of limited size: the tower's activations are wide."""
+        limit = VISION_PATCHES.get(self.device.type, VISION_PATCHES["cpu"])
+        tokens, group, size = [], list[Visual](), 0
+        for number, visual in enumerate(visuals):
+            group.append(visual)
+            size += visual.patches.shape[0]
+            following = visuals[number + 1] if number + 1 < len(visuals) else None
+            if following is None or size + following.patches.shape[0] > limit:
+                patches = torch.cat([v.patches.to(self.device, self.dtype) for v in group])
+                tokens.append(self.visual(patches, [v.grid for v in group]))
+                group, size = [], 0
+        return torch.cat(tokens)
 
     def arena_bytes(self, lengths: Seq[int], plan: LatentPlan) -> int:
         """Bytes of KV arena a batch of these prompt lengths takes."""
