@@ -26,7 +26,6 @@ from ume_models.rollout.arena import KVArena
 from ume_models.rollout.headers import Header, HeaderCache
 from ume_models.rollout.sequence import Sequence, Visual
 
-
 # Patches per call of the vision tower. A thousand rows keep a CPU's matrix units busy; a GPU
 # wants more. One larger image goes alone.
 VISION_PATCHES = {"cpu": 2048, "cuda": 65536}
