@@ -154,7 +154,9 @@ def encode_detailed(
                 raise next(iter(failed.values()))
             advance(len(batch))
 
-    embeddings = torch.full((len(plans), model.hidden_size), float("nan"))
+    embeddings = torch.full(
+        (len(plans), model.hidden_size), float("nan"), dtype=torch.float32, device="cpu"
+    )
     errors = []
     for number, plan in enumerate(plans):
         error = plan.error or failed.get(plan.digest)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +139,39 @@ def test_moving_the_model_refreshes_by_itself(checkpoint_dir):
     exact = model.encode([{"text": "hello"}])
     model.to(torch.float64)
     assert float((model.encode([{"text": "hello"}]) - exact).abs().max()) <= 1e-5
+
+
+def test_threads_and_copies_do_not_share_an_arena(load_recorded, recorded):
+    model = load_recorded(engine="fast")
+    expected = {n: model.embed(**recorded.inputs(n)) for n in recorded.names}
+    twin = copy.deepcopy(model)
+    assert twin.rollout.arena is not model.rollout.arena
+
+    def work(name):
+        return name, model.embed(**recorded.inputs(name)), twin.embed(**recorded.inputs(name))
+
+    with ThreadPoolExecutor(8) as pool:
+        for name, got, copied in pool.map(work, recorded.names * 3):
+            assert float((got - expected[name]).abs().max()) <= 2e-6, name
+            assert float((copied - expected[name]).abs().max()) <= 2e-6, name
+
+
+def test_the_callers_modes_do_not_leak_in(checkpoint_dir, recorded):
+    import ume_models
+
+    model = ume_models.load(checkpoint_dir)
+    inputs = recorded.inputs("image_wide")
+    with torch.inference_mode():
+        first = model.embed(**inputs).clone()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            second = model.embed(**inputs)
+            encoded = model.encode([{"text": "a"}])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert float((first - recorded.expected("image_wide", "disc_k8")).abs().max()) <= 1e-5
+    assert torch.equal(first, second)
+    assert second.dtype == encoded.dtype == torch.float32
+    head = torch.nn.Linear(second.shape[1], 1)
+    head(model.embed(**inputs)).sum().backward()  # embeddings are ordinary tensors

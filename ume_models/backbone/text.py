@@ -117,8 +117,9 @@ class TextModel(nn.Module):
     def inv_freq(self) -> torch.Tensor:
         """RoPE frequencies ``[dh / 2]`` in float32: ``theta^(-2i/dh)``."""
         dim = self.config.head_dim
-        exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-        return (1.0 / (self.config.rope_theta**exponent)).to(self.norm.weight.device)
+        device = self.norm.weight.device
+        exponent = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
+        return 1.0 / (self.config.rope_theta**exponent)
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """RMSNorm after the last layer."""
@@ -240,8 +241,8 @@ class _Queries(NamedTuple):
     mask: torch.Tensor | None
 
 
-def _causal_mask(positions: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:
-    return (torch.arange(length) <= positions[:, None]).to(device)
+def _causal_mask(positions: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.arange(length, device=positions.device) <= positions[:, None]
 
 
 def _all_queries(spans: Sequence[Span], device: torch.device) -> list[_Queries]:
@@ -249,7 +250,9 @@ def _all_queries(spans: Sequence[Span], device: torch.device) -> list[_Queries]:
     out = []
     for span in spans:
         end = span.cached + span.count
-        mask = _causal_mask(torch.arange(span.cached, end), end, device) if span.cached else None
+        mask = None
+        if span.cached:
+            mask = _causal_mask(torch.arange(span.cached, end, device=device), end)
         out.append(_Queries(span.slot, end, slice(span.start, span.start + span.count), mask))
     return out
 
@@ -266,8 +269,8 @@ def _wanted_queries(
             at += 1
         if at > first:
             end = span.cached + span.count
-            positions = torch.tensor(wanted[first:at]) - span.start + span.cached
-            mask = _causal_mask(positions, end, device)
+            positions = torch.tensor(wanted[first:at], device=device) - span.start + span.cached
+            mask = _causal_mask(positions, end)
             out.append(_Queries(span.slot, end, slice(first, at), mask))
     return out
 

@@ -223,13 +223,15 @@ class VisionModel(nn.Module):
 def _rope_angles(grids: Sequence[Grid], config: VisionConfig) -> torch.Tensor:
     """Rotary angles ``[P, dh / 2]`` from row and column of each patch, merge blocks together."""
     quarter = config.embed_dim // config.num_heads // 2
-    exponent = torch.arange(0, quarter, 2, dtype=torch.float) / quarter
+    exponent = torch.arange(0, quarter, 2, dtype=torch.float, device="cpu") / quarter
     inv_freq = 1.0 / (10000.0**exponent)
     merge = config.merge_size
     parts = []
     for t, h, w in grids:
-        rows = torch.arange(h).view(h // merge, 1, merge, 1).expand(-1, w // merge, -1, merge)
-        columns = torch.arange(w).view(1, w // merge, 1, merge).expand(h // merge, -1, merge, -1)
+        rows = torch.arange(h, device="cpu").view(h // merge, 1, merge, 1)
+        rows = rows.expand(-1, w // merge, -1, merge)
+        columns = torch.arange(w, device="cpu").view(1, w // merge, 1, merge)
+        columns = columns.expand(h // merge, -1, merge, -1)
         index = torch.stack([rows.flatten(), columns.flatten()], dim=-1).float()
         parts.append((index[..., None] * inv_freq).flatten(1).repeat(t, 1))
     return torch.cat(parts)
@@ -243,7 +245,7 @@ def _window_order(grids: Sequence[Grid], config: VisionConfig) -> tuple[torch.Te
     order, sizes, first = [], [], 0
     for t, h, w in grids:
         rows, columns = h // config.merge_size, w // config.merge_size
-        index = torch.arange(t * rows * columns).view(t, rows, columns) + first
+        index = torch.arange(t * rows * columns, device="cpu").view(t, rows, columns) + first
         for frame in index:
             for top in range(0, rows, side):
                 for left in range(0, columns, side):

@@ -175,6 +175,10 @@ class PlumeForEmbedding(nn.Module):
         self.refresh()
         return result
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles get engines of their own.
+        return {**self.__dict__, "_rollout": None, "_reference": None}
+
     def refresh(self) -> None:
         """Forget everything derived from the weights; call it after changing them in place."""
         self._rollout = self._reference = self._fingerprint = None
@@ -335,7 +339,6 @@ class PlumeForEmbedding(nn.Module):
         assert isinstance(out, torch.Tensor)
         return out
 
-    @torch.no_grad()
     def _embed_rows(
         self,
         rows: Sequence[tuple[np.ndarray, list[Visual]]],
@@ -352,7 +355,29 @@ class PlumeForEmbedding(nn.Module):
             raise ValueError("return_trace needs mode='gen'; the other modes have no rollout")
         if not rows:
             raise ValueError("the batch is empty")
-        batch = [self._prompt(ids, visuals, mode) for ids, visuals in rows]
+        # Not inference mode, even inside the caller's: what is kept for the next call (arena,
+        # headers) must stay usable outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._embed_prompts(
+                [self._prompt(ids, visuals, mode) for ids, visuals in rows],
+                mode,
+                latent_steps,
+                context,
+                exclude_experts,
+                verify_eos,
+                return_trace,
+            )
+
+    def _embed_prompts(
+        self,
+        batch: Sequence[Prompt],
+        mode: Mode,
+        latent_steps: int | None,
+        context: Context | None,
+        exclude_experts: Sequence[int],
+        verify_eos: bool,
+        return_trace: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, RolloutTrace]:
         if mode != "gen":
             hidden = self._single_pass(batch, mode)
             return unit_norm(hidden)

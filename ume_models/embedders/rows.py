@@ -21,7 +21,7 @@ class _Feed:
             raise ValueError(f"give {kind} patches and {kind} grids together")
         self.merge = config.vision.merge_size**2
         self.grids: list[tuple[int, int, int]] = []
-        self.pixels = torch.empty(0, config.vision.patch_dim)
+        self.pixels = torch.empty(0, config.vision.patch_dim, device="cpu")
         if pixels is not None and grids is not None:
             if pixels.ndim != 2 or pixels.shape[1] != config.vision.patch_dim:
                 raise ValueError(

@@ -174,7 +174,7 @@ class Processor:
         pixels, grid = self._load_visual(visual, {})
         self._blank_visual = visual
         self._blank_pixels = torch.from_numpy(pixels)
-        self._blank_grid = torch.tensor([grid], dtype=torch.int64)
+        self._blank_grid = torch.tensor([grid], dtype=torch.int64, device="cpu")
 
     def plan(
         self,
@@ -253,7 +253,7 @@ class Processor:
         elif parts:
             joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
             pixel_values = torch.from_numpy(joined)
-            grid_thw = torch.tensor(grids, dtype=torch.int64)
+            grid_thw = torch.tensor(grids, dtype=torch.int64, device="cpu")
 
         is_video = planned.kind == "video"
         return PreparedItem(

@@ -11,6 +11,7 @@ go through the decoder as one chunk, because z(K) itself is never read.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -84,12 +85,15 @@ class LatentRollout:
         self.device, self.dtype = weight.device, weight.dtype
         self.arena = KVArena(config, self.dtype, self.device)
         self.headers = HeaderCache()
+        # One arena serves one batch at a time; calls from other threads wait.
+        self._lock = threading.Lock()
 
     def hidden_at(self, batch: Seq[Sequence], tokens: Seq[int]) -> torch.Tensor:
         """Single pass: hidden state ``[B, D]`` of one token per sequence (by its index)."""
-        headers = self._headers(batch, reach=tokens)
-        cache = self.arena.begin([len(s) for s in batch], 0)
-        return self._prefill(batch, headers, cache, [[t] for t in tokens])
+        with self._lock:
+            headers = self._headers(batch, reach=tokens)
+            cache = self.arena.begin([len(s) for s in batch], 0)
+            return self._prefill(batch, headers, cache, [[t] for t in tokens])
 
     def run(
         self, batch: Seq[Sequence], plan: LatentPlan, trace: bool = False
@@ -100,6 +104,12 @@ class LatentRollout:
             Hidden states ``[B, D]`` at the last suffix token (after the final norm, not yet
             normalised to unit length) and, if asked for, the trace.
         """
+        with self._lock:
+            return self._run(batch, plan, trace)
+
+    def _run(
+        self, batch: Seq[Sequence], plan: LatentPlan, trace: bool
+    ) -> tuple[torch.Tensor, RolloutTrace | None]:
         lengths = [len(s) for s in batch]
         anchors = [last_index(s, plan.anchor_id) for s in batch]
         headers = self._headers(batch, reach=anchors)
