@@ -38,7 +38,7 @@ def prefill_side(network: PlumeNetwork, side: Side, anchor_only: bool) -> Prefil
     Text-only rows share everything up to and including the blank picture, others the system
     turn. An anchor alone needs nothing that comes after it.
     """
-    visual = network.visual(side.patches, side.grid)
+    visual = network.visual_tokens(side.patches, side.grid)
     start = side.visual_start
     after = start + visual.shape[1]
     taps, stop = side.taps, side.ids.shape[1]
