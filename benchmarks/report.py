@@ -1,9 +1,15 @@
-"""``python -m benchmarks.report RESULTS.json``: one Markdown row per case, engines side by side."""
+"""One Markdown row per case, engines side by side, from the results of pytest-benchmark.
+
+    python -m benchmarks.report RESULTS.json
+    python -m benchmarks.report RESULTS.json --keep benchmarks/results/NAME.json
+
+``--keep`` writes what the table is made of, without the names of the machine and its user.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +50,33 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def trimmed(results: dict[str, Any]) -> dict[str, Any]:
+    """The part of the results that is worth keeping."""
+    return {
+        "datetime": results["datetime"],
+        "benchmarks": [
+            {
+                "name": entry["name"],
+                "group": entry["group"],
+                "extra_info": entry["extra_info"],
+                "stats": {k: entry["stats"][k] for k in ("min", "median", "max", "rounds")},
+            }
+            for entry in results["benchmarks"]
+        ],
+    }
+
+
+def main() -> None:
+    """Read the arguments, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--keep", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text())
+    print(markdown(results))
+    if arguments.keep:
+        arguments.keep.write_text(json.dumps(trimmed(results), indent=2) + "\n")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m benchmarks.report RESULTS.json")
-    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
+    main()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from ume_models.embedders.plume import Context, Mode, PlumeForEmbedding
+from ume_models.embedders.plume import Context, Mode, PlumeForEmbedding, check_rollout
 from ume_models.errors import ItemError
 from ume_models.processing import PlannedItem, PreparedItem, prefetch
 
@@ -112,6 +112,12 @@ def encode_detailed(
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    if isinstance(items, (str, bytes, Mapping)):
+        raise TypeError("items must be a list of items; put a single one into a list: [item]")
+    check_rollout(
+        model.settings.latent_steps if latent_steps is None else latent_steps,
+        model.settings.context if context is None else context,
+    )
     budget = (
         DEFAULT_BATCH_TOKENS.get(model.device.type, 4096) if batch_tokens is None else batch_tokens
     )

@@ -103,6 +103,8 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path, child_environment: dict[str, s
         stderr=subprocess.PIPE,
         text=True,
         env=child_environment,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         while process.poll() is None and not list(out.glob("*.safetensors")):
             time.sleep(0.01)

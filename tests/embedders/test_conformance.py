@@ -92,6 +92,19 @@ def test_batch_mates_do_not_matter(load_recorded, recorded):
         assert float((model.embed(**batch)[-1] - alone).abs().max()) <= 2e-6
 
 
+def test_batch_mates_stay_within_bfloat16_rounding(load_recorded, recorded):
+    """A row alone and the same row among others differ by less than either from the truth."""
+    model = load_recorded(engine="fast", dtype="bfloat16")
+    eager = load_recorded(engine="reference", dtype="bfloat16")
+    together = model.embed(**recorded.batch(recorded.names, "left", pad_id=0))
+    moved = rounding = 0.0
+    for row, name in enumerate(recorded.names):
+        inputs = recorded.inputs(name)
+        moved += float((model.embed(**inputs)[0] - together[row]).norm())
+        rounding += float((eager.embed(**inputs)[0] - recorded.expected(name, "disc_k8")).norm())
+    assert moved <= 2 * rounding
+
+
 def test_bfloat16_error_is_at_most_twice_the_official_paths(
     load_recorded, recorded, checkpoint_dir
 ):

@@ -171,7 +171,9 @@ def _operations() -> list[Finding]:
 
         reports = explain()
     except Exception as error:  # the rest of the report helps to find out why
-        return [Finding("kernels", f"cannot be examined: {error}", False, "pip install .")]
+        asked = os.environ.get("UME_BACKEND")
+        remedy = "unset UME_BACKEND" if asked else "install the package again: pip install ."
+        return [Finding("kernels", f"cannot be examined: {error}", False, remedy)]
     return [
         Finding(
             report.op,

@@ -88,7 +88,7 @@ def load(
     tokens = token_ids(tokenizer, _eos(files), directory)
     config = _resize_vocabulary(state, config, tokenizer, directory)
     model = _build(config, state, adapter, top_k, directory)
-    target = torch.device(_pick_device(device))
+    target = _pick_device(device)
     model = model.to(device=target, dtype=_pick_dtype(dtype, state)).eval().requires_grad_(False)
     processor = Processor(tokenizer, image_config, multi_image=multi_image, empty=empty)
     settings = PlumeSettings(engine, latent_steps, context, max_new_tokens, disc_offset)
@@ -120,9 +120,11 @@ def resolve(path_or_id: str | Path | None) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise CheckpointError(
-            f"{text}: no such directory, and not downloadable as a hub id "
-            f"({type(error).__name__}: {error}); download it and give its path"
+            f"{text}: no such directory. As a hub id it cannot be downloaded either "
+            f"({type(error).__name__}: {reason}); check the path, or download the files and give "
+            "their folder"
         ) from None
 
 
@@ -245,10 +247,21 @@ def _adapter_shape(
     )
 
 
-def _pick_device(device: str | torch.device) -> str | torch.device:
+def _pick_device(device: str | torch.device) -> torch.device:
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"there is no device {device!r}: torch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} GPUs; device='cpu' works"
+        )
+    return chosen
 
 
 def _pick_dtype(dtype: str | torch.dtype, state: Mapping[str, torch.Tensor]) -> torch.dtype:

@@ -89,6 +89,8 @@ def rows_of_batch(
     Raises:
         ValueError: something does not fit; names the row.
     """
+    if not isinstance(input_ids, torch.Tensor):
+        raise TypeError(f"input_ids must be a tensor [B, N], got {type(input_ids).__name__}")
     if input_ids.ndim != 2 or input_ids.is_floating_point():
         raise ValueError(f"input_ids must be integers [B, N], got {tuple(input_ids.shape)}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:

@@ -16,7 +16,7 @@ scratch in this repository by
     python -m ume_models.training.tiny -o DIR
 
 ({steps} steps of {workers} × {batch_size} pairs, seed {seed}, {minutes:.0f} minutes on {workers} \
-CPU threads of a busy machine). Inputs run
+CPU threads). Inputs run
 through the whole generative path: official prompt, `<think><bot>`, {latent_steps} latent steps with
 the `<disc_emb>` context, `<eot></think>\\n<gen_emb>`.
 
