@@ -8,8 +8,6 @@ the counts of the published tokenizer on English text.
 from __future__ import annotations
 
 import random
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,7 +145,7 @@ def shaped_model(
     tokens = TokenIds(
         vocabulary["<gen_emb>"], vocabulary["<disc_emb>"], frozenset({vocabulary["<|im_end|>"]})
     )
-    model.attach(tokenizer, processor, tokens, PlumeSettings(), Path(tempfile.gettempdir()))
+    model.attach(tokenizer, processor, tokens, PlumeSettings(), ())
     return model
 
 

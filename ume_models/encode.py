@@ -224,6 +224,9 @@ def _loaded_batches(
             return model.processor.load(plan)
         except ItemError as error:
             return _Failed(plan.digest, error)
+        except MemoryError:
+            reason = "its media do not fit into memory; make them smaller"
+            return _Failed(plan.digest, ItemError(reason, plan.index, plan.id))
 
     # Decoded pixels wait in memory, so look ahead by tokens rather than by items.
     ahead = max(1, min(_MAX_AHEAD, 2 * budget // max(ordered[0].num_tokens, 1)))

@@ -173,7 +173,7 @@ def test_adapter_is_strict(copied_checkpoint, recorded):
 
 def test_unknown_adapter_tensors(copied_checkpoint):
     rewrite(copied_checkpoint, lambda s: s.update({"latent_moe_transition.gate": torch.ones(2)}))
-    with pytest.raises(CheckpointError, match=r"unknown adapter tensors.*gate"):
+    with pytest.raises(CheckpointError, match=r"no place in the model.*gate"):
         ume_models.load(copied_checkpoint)
 
 
@@ -259,3 +259,119 @@ def test_arguments_out_of_range(checkpoint_dir):
     ):
         with pytest.raises(ValueError, match=message):
             ume_models.load(checkpoint_dir, **options)
+
+
+def edit_config(directory, change, name="config.json"):
+    path = directory / name
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(num_hidden_layers=2), "have no place in the model"),
+        (lambda c: c["vision_config"].update(depth=1), "have no place in the model"),
+        (lambda c: c.update(num_hidden_layers=10**12), "num_hidden_layers"),
+        (lambda c: c.pop("intermediate_size"), "intermediate_size is None"),
+        (lambda c: c.update(num_key_value_heads=None), "num_key_value_heads is None"),
+        (lambda c: c.update(num_key_value_heads=3), "cannot share 3"),
+        (lambda c: c.update(rope_theta="x"), "rope_theta|unexpected content|could not convert"),
+        (lambda c: c["rope_scaling"].update(mrope_section=[-4, 10, 10]), "mrope_section"),
+        (lambda c: c["rope_scaling"].update(mrope_section=3), "unexpected content"),
+        (lambda c: c["vision_config"].update(num_heads=3), "vision_config"),
+        (lambda c: c["vision_config"].update(hidden_act="relu"), "vision_config"),
+        (lambda c: c.update(image_token_id=5), "image_token_id 5"),
+        (lambda c: c.update(quantization_config={"bits": 8}), "quantised"),
+    ],
+)
+def test_configurations_that_cannot_be(copied_checkpoint, change, message):
+    edit_config(copied_checkpoint, change)
+    with pytest.raises((CheckpointError, ValueError), match=message):
+        ume_models.load(copied_checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["null", "[]", '"x"'])
+def test_json_that_is_no_object(copied_checkpoint, name, content):
+    (copied_checkpoint / name).write_text(content)
+    with pytest.raises(CheckpointError, match=f"{name}: expected a JSON object"):
+        ume_models.load(copied_checkpoint)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], ["a"], {"a": 1}, {"a": "../b.safetensors"}])
+def test_index_files_that_cannot_be_used(copied_checkpoint, weight_map):
+    index = copied_checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="no usable weight_map"):
+        ume_models.load(copied_checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_quantised_weights(copied_checkpoint, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(copied_checkpoint, lambda s: s.update({name: s[name].to(dtype)}))
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        ume_models.load(copied_checkpoint)
+
+
+def test_float64_weights_become_float32(copied_checkpoint, recorded):
+    rewrite(copied_checkpoint, lambda s: s.update({k: v.double() for k, v in s.items()}))
+    assert ume_models.load(copied_checkpoint).dtype == torch.float32
+    assert agrees(copied_checkpoint, recorded)
+
+
+def test_pickled_lora_is_not_ignored(tmp_path, copied_checkpoint):
+    make_lora(tmp_path / "lora", copied_checkpoint)
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match="pickled adapters are not read"):
+        ume_models.load(tmp_path / "lora")
+    make_lora(tmp_path / "zero", copied_checkpoint, r=0)
+    with pytest.raises(CheckpointError, match="r=0"):
+        ume_models.load(tmp_path / "zero")
+
+
+def test_saved_lora_keeps_its_own_tokenizer(tmp_path, copied_checkpoint, recorded):
+    make_lora(tmp_path / "lora", copied_checkpoint)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "lora" / name).write_bytes((copied_checkpoint / name).read_bytes())
+    path = copied_checkpoint / "tokenizer.json"
+    path.write_text(path.read_text().replace("<gen_emb>", "<other>"))
+    expected = embedding(tmp_path / "lora", recorded)
+    ume_models.load(tmp_path / "lora").save_pretrained(tmp_path / "saved")
+    got = embedding(tmp_path / "saved", recorded)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_fingerprints_tell_models_apart(copied_checkpoint):
+    original = ume_models.load(copied_checkpoint).fingerprint
+    assert ume_models.load(copied_checkpoint, top_k=1).fingerprint != original
+    assert ume_models.load(copied_checkpoint, adapter=False).fingerprint != original
+    edit_config(copied_checkpoint, lambda c: c.update(rope_theta=1e4))
+    seen = {original, ume_models.load(copied_checkpoint).fingerprint}
+    edit_config(copied_checkpoint, lambda c: c.update(rope_theta=1e6))
+    assert ume_models.load(copied_checkpoint).fingerprint == original
+
+    def one_value(state):
+        state["model.layers.1.mlp.up_proj.weight"].view(-1)[777] += 1e-3
+
+    rewrite(copied_checkpoint, one_value)
+    seen.add(ume_models.load(copied_checkpoint).fingerprint)
+    edit_config(
+        copied_checkpoint,
+        lambda c: c.update(chat_template=c["chat_template"].replace("helpful", "kind")),
+        "tokenizer_config.json",
+    )
+    seen.add(ume_models.load(copied_checkpoint).fingerprint)
+    assert len(seen) == 4
+
+
+def test_devices_that_are_not_there(checkpoint_dir):
+    for device, message in (("mps", "not supported"), ("gpu", "unknown device")):
+        with pytest.raises(ValueError, match=message):
+            ume_models.load(checkpoint_dir, device=device)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no device 'cuda'"):
+            ume_models.load(checkpoint_dir, device="cuda")

@@ -115,6 +115,7 @@ def test_options_that_do_not_exist(model, recorded, load_recorded):
         ({"mode": "both"}, "mode must be"),
         ({"latent_steps": -1}, "latent_steps must be"),
         ({"latent_steps": 2.5}, "latent_steps must be"),
+        ({"latent_steps": True}, "latent_steps must be"),
         ({"context": "x"}, "context must be"),
         ({"exclude_experts": (0, 1, 2)}, "leaves 1"),
         ({"exclude_experts": (4,)}, "cannot exclude"),
@@ -127,9 +128,20 @@ def test_options_that_do_not_exist(model, recorded, load_recorded):
 
 
 def test_prompts_beyond_the_positions(model):
-    ids = torch.full((1, model.config.max_position_embeddings + 1), 30)
-    with pytest.raises(CapacityError, match="exceeds the model's 4096 positions"):
-        model.embed(ids)
+    limit = model.config.max_position_embeddings
+    for length, options in (
+        (limit + 1, {}),
+        (limit + 1, {"mode": "last"}),
+        (100, {"latent_steps": limit}),
+    ):
+        with pytest.raises(CapacityError, match="exceeds the model's 4096 positions"):
+            model.embed(torch.full((1, length), 30), **options)
+
+
+def test_what_processors_of_transformers_5_add_is_accepted(model, recorded):
+    inputs = recorded.inputs("text_only")
+    kinds = torch.zeros_like(inputs["input_ids"])
+    assert torch.equal(model.embed(**inputs, mm_token_type_ids=kinds), model.embed(**inputs))
 
 
 def test_more_than_32_steps_share_the_last_step_embedding(model, load_recorded, recorded):

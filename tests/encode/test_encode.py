@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -168,7 +169,18 @@ def test_progress_and_no_items(model, items):
     assert model.encode([]).shape == (0, 128)
 
 
+def test_pipes_are_refused(model, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ItemError, match=r"pipe.*is a pipe, socket or device"):
+        model.encode([{"image": str(pipe)}])
+
+
 def test_options_are_checked(model):
+    with pytest.raises(TypeError, match="put a single one into a list"):
+        model.encode({"text": "a"})
+    with pytest.raises(ValueError, match="latent_steps"):
+        model.encode([{"text": "a"}], latent_steps="x")
     with pytest.raises(ValueError, match="batch_tokens"):
         model.encode([{"text": "a"}], batch_tokens=0)
     with pytest.raises(ValueError, match="on_error"):

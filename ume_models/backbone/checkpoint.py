@@ -51,8 +51,9 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX_FILE
     if index.is_file():
         content = read_json(index)
-        names = sorted(set(content.get("weight_map", {}).values()))
-        if not names or any(Path(name).name != name for name in names):
+        weight_map = content.get("weight_map")
+        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+        if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
             raise CheckpointError(f"{index}: no usable weight_map; download the file again")
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
@@ -139,7 +140,8 @@ def merge_lora(state: dict[str, torch.Tensor], directory: Path) -> None:
         CheckpointError: not a plain LoRA, or a module that the base does not have.
     """
     config = read_json(directory / "adapter_config.json")
-    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
+    unusual = config.get("use_dora") or config.get("fan_in_fan_out")
+    if config.get("peft_type", "LORA") != "LORA" or unusual:
         raise CheckpointError(f"{directory}: only plain LoRA adapters can be merged")
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor, file in read_tensors(sorted(directory.glob("*.safetensors"))):
@@ -154,6 +156,11 @@ def merge_lora(state: dict[str, torch.Tensor], directory: Path) -> None:
         if name not in state and not name.startswith(ADAPTER_PREFIX):
             raise CheckpointError(f"{file}: {key} does not exist in the base checkpoint")
         state[name] = tensor
+    if not pairs:
+        raise CheckpointError(
+            f"{directory}: adapter_config.json announces a LoRA, but no safetensors file holds "
+            "one (pickled adapters are not read); save it with safe_serialization=True"
+        )
     for module, pair in pairs.items():
         weight = state.get(f"{module}.weight")
         if weight is None or set(pair) != {"A", "B"}:
@@ -168,6 +175,10 @@ def merge_lora(state: dict[str, torch.Tensor], directory: Path) -> None:
             )
         rank = _pattern(config.get("rank_pattern"), module, config.get("r", a.shape[0]))
         alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+        if not all(isinstance(v, (int, float)) for v in (rank, alpha)) or rank <= 0:
+            raise CheckpointError(
+                f"{directory}: adapter_config.json has r={rank!r}, lora_alpha={alpha!r}"
+            )
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         state[f"{module}.weight"] = weight + ((b @ a) * scale).to(weight.dtype)
 

@@ -11,6 +11,8 @@ from typing import Any
 from ume_models.errors import CheckpointError
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+MAX_LAYERS = 1000
+VISION_ACTIVATIONS = ("quick_gelu", "silu", "gelu")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,32 @@ def _vision(raw: Mapping[str, Any], family: str, hidden_size: int) -> VisionConf
     )
 
 
+def _check_numbers(text: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError unless the sizes are usable."""
+    required = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+    )
+    optional = ("num_key_value_heads", "max_position_embeddings")
+    for name in (*required, *(n for n in optional if n in text)):
+        value = text.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 10**7:
+            raise CheckpointError(f"{source}: {name} is {value!r}; it must be a positive integer")
+    if text["num_hidden_layers"] > MAX_LAYERS:
+        raise CheckpointError(
+            f"{source}: num_hidden_layers is {text['num_hidden_layers']}; at most {MAX_LAYERS}"
+        )
+    kv_heads = text.get("num_key_value_heads", text["num_attention_heads"])
+    if text["num_attention_heads"] % kv_heads:
+        raise CheckpointError(
+            f"{source}: {text['num_attention_heads']} query heads cannot share {kv_heads} "
+            "key/value heads"
+        )
+
+
 def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> BackboneConfig:
     """Architecture from the content of ``config.json``, flat (published) or nested (newer) layout.
 
@@ -124,13 +152,16 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Backbon
         raise CheckpointError(
             f"{source}: use_sliding_window is not supported; the official models do not"
         )
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if not isinstance(text.get(name), int) or text[name] <= 0:
-            raise CheckpointError(f"{source}: {name} is missing or not a positive integer")
+    if raw.get("quantization_config"):
+        raise CheckpointError(
+            f"{source}: quantised checkpoints are not supported; use one in bfloat16, float16 or "
+            "float32"
+        )
+    _check_numbers(text, source)
     heads = text["num_attention_heads"]
     head_dim = text.get("head_dim") or text["hidden_size"] // heads
     section = tuple(rope.get("mrope_section", (16, 24, 24)))
-    if len(section) != 3 or 2 * sum(section) != head_dim:
+    if len(section) != 3 or min(section) < 0 or 2 * sum(section) != head_dim:
         raise CheckpointError(
             f"{source}: mrope_section {section} does not add up to half of the head size {head_dim}"
         )
@@ -138,9 +169,17 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Backbon
         raise CheckpointError(
             f"{source}: hidden_act {text['hidden_act']!r} is not supported (silu is)"
         )
-    vision = raw.get("vision_config")
-    if not isinstance(vision, Mapping):
+    if not isinstance(raw.get("vision_config"), Mapping):
         raise CheckpointError(f"{source}: vision_config is missing")
+    vision = _vision(raw["vision_config"], family, text["hidden_size"])
+    if (
+        vision.num_heads < 1
+        or vision.embed_dim % (4 * vision.num_heads)
+        or not 0 < vision.depth <= MAX_LAYERS
+        or vision.hidden_act not in VISION_ACTIVATIONS
+        or min(vision.patch_size, vision.merge_size, vision.temporal_patch_size) < 1
+    ):
+        raise CheckpointError(f"{source}: vision_config does not describe a Qwen2-VL vision tower")
     return BackboneConfig(
         family=family,
         hidden_size=text["hidden_size"],
@@ -149,8 +188,8 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Backbon
         num_heads=heads,
         num_kv_heads=text.get("num_key_value_heads", heads),
         head_dim=head_dim,
-        rms_eps=text.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta", text.get("rope_theta", 1e6)),
+        rms_eps=float(text.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
         mrope_section=(section[0], section[1], section[2]),
         vocab_size=text["vocab_size"],
         max_position_embeddings=text.get("max_position_embeddings", 32768),
@@ -159,23 +198,26 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Backbon
         ),
         image_token_id=raw.get("image_token_id", 151655),
         video_token_id=raw.get("video_token_id", 151656),
-        vision=_vision(vision, family, text["hidden_size"]),
+        vision=vision,
         raw=dict(raw),
     )
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Raises:
-        CheckpointError: the file is missing or is not JSON.
+        CheckpointError: the file is missing, is not JSON, or is not an object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: file not found") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def read_config(directory: Path) -> BackboneConfig:

@@ -31,6 +31,7 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+READABLE_DTYPES = (*DTYPES.values(), torch.float64)
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -73,26 +74,56 @@ def load(
         CheckpointError: a file is missing, damaged or does not fit; says which and what to do.
         ValueError: an argument is out of range.
     """
-    check_rollout(latent_steps, context)
+    latent_steps = check_rollout(latent_steps, context)
     if engine not in ("fast", "reference"):
         raise ValueError(f"engine must be 'fast' or 'reference', got {engine!r}")
+    _pick_device(device)
     directory = resolve(path_or_id)
+    try:
+        model = _load(directory, dtype, base, adapter, top_k, (min_pixels, max_pixels))
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        # Damaged JSON can be wrong in any way; name the folder instead of our line of code.
+        raise CheckpointError(
+            f"{directory}: a file of the checkpoint has unexpected content "
+            f"({type(error).__name__}: {error}); compare its JSON files with the original's"
+        ) from error
+    model = model.to(device=_pick_device(device)).eval().requires_grad_(False)
+    model.settings = PlumeSettings(engine, latent_steps, context, max_new_tokens, disc_offset)
+    model.processor = Processor(
+        model.tokenizer, model.processor.config, multi_image=multi_image, empty=empty
+    )
+    return model
+
+
+def _load(
+    directory: Path,
+    dtype: str | torch.dtype,
+    base: str | Path | None,
+    adapter: bool,
+    top_k: int,
+    pixels: tuple[int | None, int | None],
+) -> PlumeForEmbedding:
+    """Everything that reads files: a model on the CPU with default settings."""
     state, weights_from = _read_weights(directory, base)
     files = directory if (directory / "config.json").is_file() else weights_from
     config = read_config(files)
     tokenizer = load_tokenizer(_first_with(("tokenizer.json", "vocab.json"), directory, files))
     image_config = ImageConfig.from_checkpoint(
-        _first_with(("preprocessor_config.json",), directory, files), min_pixels, max_pixels
+        _first_with(("preprocessor_config.json",), directory, files), *pixels
     )
     _check_patches(config, image_config, files)
+    _check_pads(config, tokenizer, files)
     tokens = token_ids(tokenizer, _eos(files), directory)
     config = _resize_vocabulary(state, config, tokenizer, directory)
     model = _build(config, state, adapter, top_k, directory)
-    target = _pick_device(device)
-    model = model.to(device=target, dtype=_pick_dtype(dtype, state)).eval().requires_grad_(False)
-    processor = Processor(tokenizer, image_config, multi_image=multi_image, empty=empty)
-    settings = PlumeSettings(engine, latent_steps, context, max_new_tokens, disc_offset)
-    model.attach(tokenizer, processor, tokens, settings, files)
+    model = model.to(dtype=_pick_dtype(dtype, state))
+    model.attach(
+        tokenizer,
+        Processor(tokenizer, image_config),
+        tokens,
+        PlumeSettings(),
+        (directory, files, weights_from),
+    )
     return model
 
 
@@ -166,6 +197,20 @@ def _check_patches(config: BackboneConfig, images: ImageConfig, source: Path) ->
         )
 
 
+def _check_pads(config: BackboneConfig, tokenizer: Any, source: Path) -> None:
+    """The pad ids of config.json must be those of the tokenizer."""
+    for name, token, index in (
+        ("image_token_id", "<|image_pad|>", config.image_token_id),
+        ("video_token_id", "<|video_pad|>", config.video_token_id),
+    ):
+        known = tokenizer.get_vocab().get(token)
+        if known != index:
+            raise CheckpointError(
+                f"{source}: config.json has {name} {index}, but {token} is {known} in the "
+                "tokenizer; they belong to different models"
+            )
+
+
 def _eos(source: Path) -> frozenset[int]:
     """End-of-sequence ids of ``generation_config.json``; empty where it names none."""
     path = source / "generation_config.json"
@@ -179,7 +224,7 @@ def _resize_vocabulary(
     state: dict[str, torch.Tensor], config: BackboneConfig, tokenizer: Any, source: Path
 ) -> BackboneConfig:
     """Give embedding and head one row per token of the tokenizer, as the official loader does."""
-    if EMBEDDING not in state:
+    if EMBEDDING not in state or state[EMBEDDING].ndim != 2:
         raise CheckpointError(f"{source}: no {EMBEDDING}; this is not a Qwen2-VL checkpoint")
     size = len(tokenizer)
     if config.tie_word_embeddings:
@@ -212,18 +257,25 @@ def _build(
         adapter = _adapter_shape(config, state, top_k) if use_adapter else None
         model = PlumeForEmbedding(config, adapter, config.vocab_size, tied)
     expected = {key: value.shape for key, value in model.state_dict().items()}
+    other = {str(t.dtype): k for k, t in state.items() if t.dtype not in READABLE_DTYPES}
+    if other:
+        kind, key = next(iter(other.items()))
+        raise CheckpointError(
+            f"{source}: {key} is {kind}; quantised weights are not supported, use a checkpoint in "
+            "bfloat16, float16 or float32"
+        )
     extra = fit(state, expected, source)
-    ignorable = [
-        k
-        for k in extra
-        if k.endswith("inv_freq") or (not use_adapter and k.startswith(ADAPTER_PREFIX))
+    unknown = [
+        key
+        for key in extra
+        if not key.endswith("inv_freq")  # computed from the configuration
+        and (use_adapter or not key.startswith(ADAPTER_PREFIX))
     ]
-    adapter_extra = [k for k in extra if k.startswith(ADAPTER_PREFIX) and k not in ignorable]
-    if adapter_extra:
-        raise CheckpointError(f"{source}: unknown adapter tensors: {', '.join(adapter_extra[:4])}")
-    if len(extra) > len(ignorable):
-        unknown = [k for k in extra if k not in ignorable]
-        warnings.warn(f"{source}: ignoring unknown tensors {', '.join(unknown[:4])}", stacklevel=3)
+    if unknown:
+        raise CheckpointError(
+            f"{source}: {len(unknown)} tensors have no place in the model of config.json: "
+            f"{', '.join(unknown[:4])}; the weights belong to another configuration"
+        )
     model.load_state_dict({key: state[key] for key in expected}, assign=True)
     return model
 
@@ -236,7 +288,10 @@ def _adapter_shape(
     table = state.get(f"{ADAPTER_PREFIX}step_embed.weight")
     experts = 4 if router is None or router.ndim != 2 else router.shape[0]
     if not 1 <= top_k <= experts:
-        raise ValueError(f"top_k must be 1 … {experts} for this checkpoint, got {top_k}")
+        raise ValueError(
+            f"top_k must be 1 … {experts}, the experts of this checkpoint, got {top_k}; "
+            "pass load(..., top_k=…)"
+        )
     return MoETransition(
         config.hidden_size,
         num_experts=experts,
@@ -272,6 +327,7 @@ def _pick_dtype(dtype: str | torch.dtype, state: Mapping[str, torch.Tensor]) -> 
         for tensor in state.values():
             sizes[tensor.dtype] += tensor.numel()
         chosen = sizes.most_common(1)[0][0]
+        chosen = torch.float32 if chosen == torch.float64 else chosen
     else:
         name = str(dtype).removeprefix("torch.")
         chosen = DTYPES.get(name, torch.int8)

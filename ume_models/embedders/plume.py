@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import json
+import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ume_kernels import MoETransition
+from ume_models.atomic import write_atomically
 from ume_models.backbone.checkpoint import write_json, write_state
 from ume_models.backbone.config import BackboneConfig
 from ume_models.backbone.text import TextModel
@@ -102,6 +104,7 @@ class PlumeForEmbedding(nn.Module):
         self._rollout: LatentRollout | None = None
         self._reference: ReferenceEngine | None = None
         self._fingerprint: str | None = None
+        self._stamp: int | None = None
 
     def attach(
         self,
@@ -109,14 +112,17 @@ class PlumeForEmbedding(nn.Module):
         processor: Processor,
         tokens: TokenIds,
         settings: PlumeSettings,
-        source: Path,
+        sources: Sequence[Path],
     ) -> None:
-        """Give the model its tokenizer, processor, token ids and defaults (done by ``load``)."""
+        """Give the model its tokenizer, processor, token ids and defaults (done by ``load``).
+
+        ``sources`` are the folders its tokenizer and processor files came from, first match first.
+        """
         self.tokenizer = tokenizer
         self.processor = processor
         self.tokens = tokens
         self.settings = settings
-        self.source = source
+        self.sources = tuple(sources)
         self.prefix_ids = tuple(tokenizer.encode(PREFIX, add_special_tokens=False))
         self.suffix_ids = tuple(tokenizer.encode(SUFFIX, add_special_tokens=False))
 
@@ -144,15 +150,28 @@ class PlumeForEmbedding(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of names, shapes, types and a sample of the values of all weights."""
+        """Hash of everything that makes two loaded models give different embeddings.
+
+        All weights, the architecture, the tokenizer, the rendered prompt and the adapter's
+        options; reading the weights takes about a second per gigabyte, once.
+        """
+        self._refresh_if_changed()
         if self._fingerprint is None:
-            digest = hashlib.blake2b(digest_size=16)
+            digest = hashlib.sha256()
+            about = {
+                # what save_pretrained may write anew without changing a number
+                "config": repr(replace(self.config, raw={})),
+                "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+                "prompts": [self.processor.template.render(k, "") for k in ((), ("image",))],
+                "ids": [self.prefix_ids, self.suffix_ids, sorted(self.tokens.eos)],
+                "top_k": getattr(self.latent_moe_transition, "top_k", None),
+            }
+            digest.update(json.dumps(about, sort_keys=True).encode())
             for name, tensor in self.state_dict().items():
-                flat = tensor.detach().reshape(-1)
-                sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy()
                 digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(sample.tobytes())
-            self._fingerprint = digest.hexdigest()
+                raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(raw.numpy())
+            self._fingerprint = digest.hexdigest()[:32]
         return self._fingerprint
 
     @property
@@ -180,14 +199,27 @@ class PlumeForEmbedding(nn.Module):
         return {**self.__dict__, "_rollout": None, "_reference": None}
 
     def refresh(self) -> None:
-        """Forget everything derived from the weights; call it after changing them in place."""
+        """Forget everything derived from the weights.
+
+        Done by itself when parameters are replaced or changed in place through PyTorch; needed
+        only after changes PyTorch does not count, such as through ``.data`` or NumPy.
+        """
         self._rollout = self._reference = self._fingerprint = None
+
+    def _refresh_if_changed(self) -> None:
+        stamp = hash(
+            tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
+        )
+        if stamp != self._stamp:
+            self.refresh()
+            self._stamp = stamp
 
     # -- engines ----------------------------------------------------------------------------
 
     @property
     def rollout(self) -> LatentRollout:
         """The fast engine over the current weights."""
+        self._refresh_if_changed()
         if self._rollout is None:
             self._rollout = LatentRollout(
                 self.config, self.model, self.visual, self.latent_moe_transition
@@ -214,6 +246,7 @@ class PlumeForEmbedding(nn.Module):
     @property
     def reference(self) -> ReferenceEngine:
         """The official loop over a transformers module that shares the weights."""
+        self._refresh_if_changed()
         if self._reference is None:
             rows = self.model.embed_tokens.weight.shape[0]
             module = build_transformers_model(self.config, self.state_dict(), rows)
@@ -239,6 +272,7 @@ class PlumeForEmbedding(nn.Module):
         pixel_values_videos: torch.Tensor | None = ...,
         video_grid_thw: torch.Tensor | None = ...,
         *,
+        mm_token_type_ids: torch.Tensor | None = ...,
         mode: Mode = ...,
         latent_steps: int | None = ...,
         context: Context | None = ...,
@@ -257,6 +291,7 @@ class PlumeForEmbedding(nn.Module):
         pixel_values_videos: torch.Tensor | None = ...,
         video_grid_thw: torch.Tensor | None = ...,
         *,
+        mm_token_type_ids: torch.Tensor | None = ...,
         mode: Mode = ...,
         latent_steps: int | None = ...,
         context: Context | None = ...,
@@ -274,6 +309,7 @@ class PlumeForEmbedding(nn.Module):
         pixel_values_videos: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         *,
+        mm_token_type_ids: torch.Tensor | None = None,
         mode: Mode = "gen",
         latent_steps: int | None = None,
         context: Context | None = None,
@@ -291,6 +327,7 @@ class PlumeForEmbedding(nn.Module):
             pixel_values: ``[P, C·T·p·p]`` patches of all images of the batch, in order.
             image_grid_thw: ``[images, 3]``.
             pixel_values_videos, video_grid_thw: the same for videos.
+            mm_token_type_ids: what processors of transformers 5 add; not needed, ignored.
             mode: ``"gen"`` latent rollout, ``"disc"`` hidden state at ``<disc_emb>``,
                 ``"last"`` hidden state at the last prompt token.
             latent_steps, context: override the model's defaults.
@@ -357,7 +394,9 @@ class PlumeForEmbedding(nn.Module):
             raise ValueError("the batch is empty")
         # Not inference mode, even inside the caller's: what is kept for the next call (arena,
         # headers) must stay usable outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        # Autocast would cast what is written into the arena.
+        autocast_off = torch.autocast(self.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), autocast_off:
             return self._embed_prompts(
                 [self._prompt(ids, visuals, mode) for ids, visuals in rows],
                 mode,
@@ -408,7 +447,7 @@ class PlumeForEmbedding(nn.Module):
     ) -> LatentPlan:
         steps = self.settings.latent_steps if latent_steps is None else latent_steps
         chosen = self.settings.context if context is None else context
-        check_rollout(steps, chosen)
+        steps = check_rollout(steps, chosen)
         excluded = tuple(int(e) for e in exclude_experts)
         if excluded and self.latent_moe_transition is None:
             raise ValueError("exclude_experts needs the adapter, but it was loaded without one")
@@ -462,9 +501,10 @@ class PlumeForEmbedding(nn.Module):
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         for name in SIDE_FILES:
-            found = self.source / name
-            if found.is_file() and found.resolve() != (target / name).resolve():
-                shutil.copyfile(found, target / name)
+            for source in self.sources:
+                if (source / name).is_file():
+                    write_atomically(target / name, (source / name).read_bytes())
+                    break
         raw = dict(self.config.raw)
         rows = self.model.embed_tokens.weight.shape[0]
         raw["vocab_size"] = rows
@@ -475,12 +515,17 @@ class PlumeForEmbedding(nn.Module):
         write_state(target, self.state_dict(), max_shard_bytes)
 
 
-def check_rollout(latent_steps: int, context: str) -> None:
-    """Raise ValueError unless ``latent_steps`` and ``context`` are usable."""
-    if isinstance(latent_steps, bool) or not isinstance(latent_steps, int) or latent_steps < 0:
+def check_rollout(latent_steps: int, context: str) -> int:
+    """``latent_steps`` as an int; ValueError unless it and ``context`` are usable."""
+    try:
+        steps = -1 if isinstance(latent_steps, bool) else operator.index(latent_steps)
+    except TypeError:
+        steps = -1
+    if steps < 0:
         raise ValueError(f"latent_steps must be a whole number ≥ 0, got {latent_steps!r}")
     if context not in ("disc", "prefix_last", "none"):
         raise ValueError(f"context must be 'disc', 'prefix_last' or 'none', got {context!r}")
+    return steps
 
 
 def _visuals(

@@ -89,7 +89,8 @@ def parse_item(
 
     strings = {}
     for name in ("text", "instruction"):
-        value = fields.get(name) or ""
+        value = fields.get(name)
+        value = "" if value is None else value
         if not isinstance(value, str):
             raise fail(f"'{name}' must be a string, got {type(value).__name__}")
         if not _is_unicode(value):

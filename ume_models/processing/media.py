@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -62,7 +63,7 @@ def read_header(
         width, height = _open_size(io.BytesIO(source), max_image_pixels)
         return MediaHeader(height, width, _hash(b"file", source))
     try:
-        with open(source, "rb") as file:
+        with _regular_file(source) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise ItemError("is an empty file (0 bytes); export or download it again")
             width, height = _open_size(file, max_image_pixels)
@@ -105,19 +106,27 @@ def decode_rgb(
         with _open(io.BytesIO(source), max_image_pixels) as image:
             return _to_rgb(image, through_jpeg)
     try:
-        with open(source, "rb") as file, _open(file, max_image_pixels) as image:
+        with _regular_file(source) as file, _open(file, max_image_pixels) as image:
             return _to_rgb(image, through_jpeg)
     except (OSError, ValueError) as error:
         raise _file_error(error) from error
 
 
+def _regular_file(path: str | Path) -> BinaryIO:
+    """The opened file; pipes and devices are refused, since reading them may never end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ItemError("is a pipe, socket or device; save the image to a file")
+    return open(path, "rb")
+
+
 def file_key(path: str | Path) -> tuple[str, int, int] | None:
     """Identity of a file's content without reading it: path, modification time, size."""
     try:
-        stat = os.stat(path)
+        found = os.stat(path)
     except (OSError, ValueError):
         return None  # the read that follows reports the reason
-    return (os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
+    return (os.path.abspath(path), found.st_mtime_ns, found.st_size)
 
 
 def _read_pil_header(image: Image.Image, max_image_pixels: int) -> MediaHeader:
@@ -129,7 +138,8 @@ def _read_pil_header(image: Image.Image, max_image_pixels: int) -> MediaHeader:
     except (OSError, ValueError, SyntaxError) as error:
         raise _decode_error(error) from error
     state = _hasher(b"pil")
-    state.update(repr((image.mode, image.size, palette)).encode())
+    transparent = "transparency" in image.info  # decides what through_jpeg does
+    state.update(repr((image.mode, image.size, palette, transparent)).encode())
     state.update(pixels)
     return MediaHeader(height, width, state.digest())
 

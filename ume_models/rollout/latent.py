@@ -91,6 +91,7 @@ class LatentRollout:
     def hidden_at(self, batch: Seq[Sequence], tokens: Seq[int]) -> torch.Tensor:
         """Single pass: hidden state ``[B, D]`` of one token per sequence (by its index)."""
         with self._lock:
+            self._check_capacity(max(len(s) for s in batch), 0)
             headers = self._headers(batch, reach=tokens)
             cache = self.arena.begin([len(s) for s in batch], 0)
             return self._prefill(batch, headers, cache, [[t] for t in tokens])
@@ -111,6 +112,7 @@ class LatentRollout:
         self, batch: Seq[Sequence], plan: LatentPlan, trace: bool
     ) -> tuple[torch.Tensor, RolloutTrace | None]:
         lengths = [len(s) for s in batch]
+        self._check_capacity(max(lengths), plan.steps + len(plan.suffix_ids))
         anchors = [last_index(s, plan.anchor_id) for s in batch]
         headers = self._headers(batch, reach=anchors)
         cache = self.arena.begin(lengths, plan.steps + len(plan.suffix_ids))
@@ -171,6 +173,15 @@ class LatentRollout:
             return z
         return self.adapter(z, step, context, excluded=excluded)[0]
 
+    def _check_capacity(self, longest: int, extra: int) -> None:
+        limit = self.config.max_position_embeddings
+        if longest + extra > limit:
+            following = f" and the {extra} that follow" if extra else ""
+            raise CapacityError(
+                f"a prompt of {longest} tokens{following} exceeds the model's {limit} positions; "
+                "shorten the text, take fewer latent steps or lower max_pixels"
+            )
+
     def _headers(self, batch: Seq[Sequence], reach: Seq[int]) -> list[Header | None]:
         """A header for each sequence whose tokens to be read (``reach``) lie behind it."""
         found: list[Header | None] = []
@@ -194,7 +205,6 @@ class LatentRollout:
         read: Seq[Seq[int]],
     ) -> torch.Tensor:
         """Pack, embed, insert visual tokens and prefill; states at ``read``, row after row."""
-        limit = self.config.max_position_embeddings
         spans: list[Span] = []
         ids: list[torch.Tensor] = []
         positions: list[torch.Tensor] = []
@@ -202,11 +212,6 @@ class LatentRollout:
         visuals: list[Visual] = []
         start = 0
         for slot, (sequence, header) in enumerate(zip(batch, headers, strict=True)):
-            if len(sequence) > limit:
-                raise CapacityError(
-                    f"a prompt of {len(sequence)} tokens exceeds the model's {limit} positions; "
-                    "shorten the text or lower max_pixels"
-                )
             cached = 0
             if header is not None and header.kv is not None:
                 cached = len(header.sequence)
