@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -134,7 +135,7 @@ def test_a_store_is_continued_with_the_same_bytes(tmp_path: Path) -> None:
         ({"fingerprint": "xyz"}, "fingerprint: 'abc' in the store, 'xyz' now"),
         ({"encoding": {**MANIFEST.encoding, "latent_steps": 4}}, "latent_steps: 8 in the store"),
         ({"shard_size": 2}, "shard_size: 3 in the store, 2 now"),
-        ({"items_digest": "e"}, "items_digest"),
+        ({"items_digest": "e"}, "the items file has changed"),
         ({"package_version": "2"}, "package_version"),
     ],
 )
@@ -203,6 +204,57 @@ def no_listing(path: Path) -> None:
     path.with_suffix(".json").unlink()
 
 
+def tensor_bytes(path: Path, name: str) -> tuple[int, int]:
+    """Begin and end of a tensor in its file, by the published layout of the format."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8 : 8 + size])[name]["data_offsets"]
+    return 8 + size + begin, 8 + size + end
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_one_flipped_bit_is_found_and_the_shard_made_again(tmp_path: Path, place: str) -> None:
+    fill(tmp_path)
+    good = contents(tmp_path)
+    path = tmp_path / "shard-00001-of-00003.safetensors"
+    begin, end = tensor_bytes(path, "embeddings")
+    data = bytearray(path.read_bytes())
+    data[begin if place == "first" else end - 1] ^= 1
+    path.write_bytes(data)
+    store = EmbeddingStore.open(tmp_path)
+    store.read(0)
+    with pytest.raises(StoreError, match=r"shard-00001-of-00003\.safetensors .*`ume embed`"):
+        store.read(1)
+    with EmbeddingStore.begin(tmp_path, MANIFEST) as store:
+        assert store.pending() == [1]
+        store.write(1, shard_of(store, 1))
+    assert contents(tmp_path) == good
+
+
+def test_exchanged_rows_are_found(tmp_path: Path) -> None:
+    fill(tmp_path)
+    path = tmp_path / "shard-00000-of-00003.safetensors"
+    begin, end = tensor_bytes(path, "rows")
+    data = bytearray(path.read_bytes())
+    rows = bytes(data[begin:end])
+    data[begin:end] = rows[8:16] + rows[:8] + rows[16:]  # the same rows, so the range still fits
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match="shard-00000-of-00003"):
+        EmbeddingStore.open(tmp_path).read(0)
+    with EmbeddingStore.begin(tmp_path, MANIFEST) as store:
+        assert store.pending() == [0]
+
+
+def test_the_listing_has_the_digests_of_the_tensors(tmp_path: Path) -> None:
+    fill(tmp_path)
+    path = tmp_path / "shard-00000-of-00003.safetensors"
+    listed = json.loads(path.with_suffix(".json").read_text())["tensors_sha256"]
+    assert sorted(listed) == ["embeddings", "rows"]
+    for name, digest in listed.items():
+        begin, end = tensor_bytes(path, name)
+        assert digest == hashlib.sha256(path.read_bytes()[begin:end]).hexdigest()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -245,8 +297,9 @@ def test_a_failed_write_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Monk
     with EmbeddingStore.begin(tmp_path, MANIFEST) as store:
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", full)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(OSError, match="No space left") as caught:
                 store.write(0, shard_of(store, 0))
+        assert caught.value.filename == str(tmp_path / "shard-00000-of-00003.json")
         assert store.pending() == [0, 1, 2]
     assert sorted(contents(tmp_path)) == ["manifest.json"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _TEMPORARY = ".partial"
@@ -19,7 +19,7 @@ def replacing(path: Path) -> Iterator[Path]:
     overtake it. When the block raises, ``path`` is unchanged and the temporary file is gone.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full.
+        OSError: the folder cannot be written or the disk is full; ``path`` is named.
     """
     temporary = path.with_name(f".{path.name}{_TEMPORARY}")
     try:
@@ -30,10 +30,14 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.chmod(temporary, mode)  # some writers make files that only their owner can read
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        _flush_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):  # the first error tells more
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            # A full disk is noticed by calls that know no name; the other name is not the user's.
+            error.filename = str(path)
         raise
-    _flush_folder(path.parent)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -5,6 +5,8 @@ Nothing heavy is imported here, so that ``ume --help`` answers at once.
 
 from __future__ import annotations
 
+import os
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal, Optional
@@ -191,15 +193,23 @@ def embed(
         ),
     ] = None,
     shard_size: Annotated[
-        int, typer.Option(min=1, help="Items per shard; a stopped run loses at most one shard.")
+        int,
+        typer.Option(
+            min=1,
+            help="Items per shard; a stopped run loses at most one shard. Small shards cost speed: "
+            "batches do not reach across them.",
+        ),
     ] = 1024,
     workers: WorkersOption = 2,
     on_error: Annotated[
         OnError,
-        typer.Option(help="What to do with an item that cannot be embedded; skips are recorded."),
+        typer.Option(
+            help="What to do with an item that cannot be embedded; skips are recorded and last "
+            "until --overwrite. Two items with one id always stop."
+        ),
     ] = OnError.STOP,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace embeddings made with other settings.")
+        bool, typer.Option("--overwrite", help="Start anew and replace the embeddings in DIR.")
     ] = False,
     multi_image: Annotated[
         Optional[MultiImage],  # noqa: UP045
@@ -214,6 +224,8 @@ def embed(
 
     The folder gets manifest.json and shards of safetensors and JSON files.
     After a stop, run the same command again: the result is the same to the byte.
+    Media files are known by path, not by content: if one changed, --overwrite.
+    Duplicate ids always stop the run.
 
     [bold]Examples[/]
 
@@ -316,7 +328,18 @@ def doctor(
 
 def main() -> None:
     """Entry point of the ``ume`` command."""
+    _make_output_safe()
     app(prog_name="ume")
+
+
+def _make_output_safe() -> None:
+    """Let no output fail for its characters, or because stdout or stderr were closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - kept open
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     DIR/shard-00000-of-00012.json            the items of the shard, and those that were skipped
     DIR/shard-00000-of-00012.safetensors     "embeddings" [n, D] float32, "rows" [n] int64
 
+The JSON also holds the SHA-256 of the tensors, so that bytes that flipped on the disk are noticed.
 A shard is a fixed range of the items, whatever was done before, so a resumed run writes the same
 bytes as an uninterrupted one. Its JSON is written first and its tensors last: a shard is done when
 its tensor file is there, complete, and names the digest of the JSON beside it.
@@ -105,7 +106,9 @@ class Manifest:
         """One line for each setting in which ``other`` is not what this store holds."""
         mine, theirs = _flat(self.to_json()), _flat(other.to_json())
         return [
-            f"{name}: {mine.get(name)!r} in the store, {theirs.get(name)!r} now"
+            "the items file has changed"
+            if name == "items_digest"
+            else f"{name}: {mine.get(name)!r} in the store, {theirs.get(name)!r} now"
             for name in sorted(mine.keys() | theirs.keys())
             if name not in _INFORMATIVE and mine.get(name) != theirs.get(name)
         ]
@@ -187,6 +190,15 @@ class Shard:
     skipped: Sequence[Skipped] = ()
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """The JSON beside the tensors of a shard."""
+
+    records: list[Record]
+    skipped: list[Skipped]
+    digests: dict[str, str]
+
+
 class EmbeddingStore:
     """A folder of embeddings. ``begin`` opens it for writing, ``open`` a finished one for reading.
 
@@ -242,7 +254,8 @@ class EmbeddingStore:
                 f"write one with: ume embed ITEMS.jsonl -o {directory}"
             )
         store = cls(directory, _read_manifest(directory))
-        missing = store.pending()
+        # The numbers themselves are checked as they are read, so that they are read only once.
+        missing = [n for n in range(store.num_shards) if store._listing(n) is None]
         if missing:
             raise StoreError(
                 f"{directory} is not finished: {len(missing)} of {store.num_shards} shards are "
@@ -261,8 +274,11 @@ class EmbeddingStore:
         return range(start, min(start + self.manifest.shard_size, self.manifest.num_items))
 
     def pending(self) -> list[int]:
-        """Numbers of the shards that are not there, incomplete, or do not fit the manifest."""
-        return [shard for shard in range(self.num_shards) if not self._is_done(shard)]
+        """Numbers of the shards that are missing, incomplete, damaged, or do not fit the manifest.
+
+        Every byte of the shards is read.
+        """
+        return [shard for shard in range(self.num_shards) if self._load(shard) is None]
 
     def write(self, shard: int, content: Shard) -> None:
         """Write one shard; when this returns, it survives a crash.
@@ -272,16 +288,17 @@ class EmbeddingStore:
             OSError: the disk is full or not writable.
         """
         self._check(shard, content)
+        tensors = {
+            "embeddings": content.embeddings.contiguous(),
+            "rows": content.rows.contiguous(),
+        }
         sidecar = {
+            "tensors_sha256": {name: _tensor_digest(value) for name, value in tensors.items()},
             "items": [record.to_json() for record in content.records],
             "skipped": [vars(skipped) for skipped in content.skipped],
         }
         listing = _json_bytes(sidecar)
         write_atomically(self._path(shard, "json"), listing)
-        tensors = {
-            "embeddings": content.embeddings.contiguous(),
-            "rows": content.rows.contiguous(),
-        }
         # One entry only: the library writes several in no fixed order, and the bytes would vary.
         metadata = {"items_sha256": hashlib.sha256(listing).hexdigest()}
         write_atomically(self._path(shard, "safetensors"), tensors_to_bytes(tensors, metadata))
@@ -290,12 +307,15 @@ class EmbeddingStore:
         """One finished shard.
 
         Raises:
-            StoreError: it is missing or damaged.
+            StoreError: it is missing or damaged, were it one flipped bit; the remedy is named.
         """
         path = self._path(shard, "safetensors")
         content = self._load(shard)
         if content is None:
-            raise StoreError(f"{path} is missing or damaged; run the same `ume embed` again")
+            raise StoreError(
+                f"{path} is missing or damaged; run the same `ume embed` command again, "
+                "it makes this shard anew"
+            )
         return content
 
     def shards(self) -> Iterator[Shard]:
@@ -308,7 +328,7 @@ class EmbeddingStore:
             skipped
             for shard in range(self.num_shards)
             if (listing := self._listing(shard)) is not None
-            for skipped in listing[1]
+            for skipped in listing.skipped
         ]
 
     def locate(self, media: str) -> Path:
@@ -381,11 +401,11 @@ class EmbeddingStore:
                 "infinity, or the dtype is too narrow; try --dtype float32"
             )
 
-    def _is_done(self, shard: int) -> bool:
-        return self._listing(shard) is not None
+    def _listing(self, shard: int) -> _Listing | None:
+        """What the JSON of a shard says if its files fit together, else None.
 
-    def _listing(self, shard: int) -> tuple[list[Record], list[Skipped]] | None:
-        """Records and skipped items of a shard that is done, else None."""
+        The embeddings themselves are not read.
+        """
         try:
             listing = self._path(shard, "json").read_bytes()
             with safe_open(self._path(shard, "safetensors"), framework="pt") as tensors:
@@ -398,6 +418,7 @@ class EmbeddingStore:
             value = json.loads(listing)
             records = [Record.from_json(item) for item in value["items"]]
             skipped = [Skipped(**item) for item in value["skipped"]]
+            digests = {name: str(value["tensors_sha256"][name]) for name in ("embeddings", "rows")}
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
         fits = (
@@ -405,14 +426,20 @@ class EmbeddingStore:
             and shape == [len(records), self.manifest.hidden_size]
             and sorted([*rows, *(entry.row for entry in skipped)]) == list(self.item_range(shard))
         )
-        return (records, skipped) if fits else None
+        return _Listing(records, skipped, digests) if fits else None
 
     def _load(self, shard: int) -> Shard | None:
         listing = self._listing(shard)
         if listing is None:
             return None
-        with safe_open(self._path(shard, "safetensors"), framework="pt") as tensors:
-            return Shard(tensors.get_tensor("rows"), tensors.get_tensor("embeddings"), *listing)
+        try:
+            with safe_open(self._path(shard, "safetensors"), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in listing.digests}
+        except (OSError, SafetensorError):
+            return None
+        if {name: _tensor_digest(value) for name, value in tensors.items()} != listing.digests:
+            return None
+        return Shard(tensors["rows"], tensors["embeddings"], listing.records, listing.skipped)
 
 
 def _read_manifest(directory: Path) -> Manifest:
@@ -424,6 +451,10 @@ def _read_manifest(directory: Path) -> Manifest:
             f"{path} is not valid JSON ({error}): replace the store with --overwrite"
         ) from None
     return Manifest.from_json(value, path)
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
 def _json_bytes(value: Any) -> bytes:

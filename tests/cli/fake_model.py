@@ -112,9 +112,10 @@ def install(before_item: Callable[[], None] = lambda: None) -> None:
 
 def run_ume(arguments: Sequence[str]) -> None:
     """The command line, as a user starts it."""
-    from ume_models.cli import app
+    from ume_models.cli import main
 
-    app(args=list(arguments), prog_name="ume")
+    sys.argv = ["ume", *arguments]
+    main()
 
 
 def killed_at(step: int, arguments: Sequence[str]) -> bool:

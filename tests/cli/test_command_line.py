@@ -51,6 +51,12 @@ def test_help_of_a_command_has_an_explanation_and_defaults(ume: Ume, command: st
         assert "default:" in result.stdout
 
 
+def test_help_of_embed_tells_what_is_not_noticed(ume: Ume) -> None:
+    text = " ".join(ume("embed", "--help").stdout.split())
+    assert "Media files are known by path, not by content: if one changed, --overwrite." in text
+    assert "Duplicate ids always stop the run." in text
+
+
 def test_version(ume: Ume) -> None:
     result = ume("--version")
     assert result.exit_code == 0

@@ -75,7 +75,8 @@ def test_running_again_does_nothing_and_says_so(
     monkeypatch.setattr("ume_models.encode.encode_detailed", None)  # not even called
     result = ume("embed", items, "-o", tmp_path / "out")
     assert result.exit_code == 0
-    assert "2 of 2 items are done" in result.stderr
+    assert "2 of 2 items are done, nothing to do" in result.stderr
+    assert "2 embeddings of 8 numbers in 1 shard:" in result.stdout
     assert contents(tmp_path / "out") == before
 
 
@@ -91,7 +92,7 @@ def test_other_settings_need_another_folder_or_overwrite(
     items.write_text('{"text": "another"}\n')
     result = ume("embed", items, "-o", tmp_path / "out")
     assert result.exit_code == 1
-    assert "items_digest" in result.stderr
+    assert "the items file has changed" in result.stderr
     result = ume("embed", items, "-o", tmp_path / "out", "--overwrite")
     assert result.exit_code == 0
     [shard] = EmbeddingStore.open(tmp_path / "out").shards()
@@ -155,7 +156,10 @@ def test_bad_items_are_skipped_on_request_and_recorded(
     assert {name: row for name, (row, _) in skipped.items()} == {"2": 1, "torn": 2, "unknown": 4}
     assert "not valid JSON" in skipped["2"][1]
     # A second run finds everything done and still says that items are missing.
-    assert ume("embed", items, "-o", tmp_path / "out", *options).exit_code == 3
+    again = ume("embed", items, "-o", tmp_path / "out", *options)
+    assert again.exit_code == 3
+    assert "3 items were skipped (later runs leave them out too" in again.stderr
+    assert "--overwrite" in again.stderr
 
 
 def test_every_item_skipped_is_not_a_crash(
@@ -213,6 +217,46 @@ def test_a_byte_order_mark_and_windows_lines_are_fine(ume: Ume, tmp_path: Path) 
     assert ume("embed", items, "-o", tmp_path / "out").exit_code == 0
     [shard] = EmbeddingStore.open(tmp_path / "out").shards()
     assert [record.id for record in shard.records] == ["1", "3"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("dtype must be one of a, b"),
+        MemoryError("dtype must be one of a, b"),
+        RuntimeError("CUDA out of memory: dtype must be one of a, b\nallocator: …"),
+    ],
+)
+def test_what_loading_refuses_is_one_line(
+    ume: Ume,
+    write_items: WriteItems,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ume_models.load", refuse)
+    items = write_items({"text": "a"})
+    for command in (("embed", items, "-o", tmp_path / "out"), ("demo", "--queries", 1)):
+        result = ume(*command)
+        assert result.exit_code == 1
+        assert isinstance(result.exception, SystemExit)
+        [line] = result.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert "dtype must be one of a, b" in line
+
+
+def test_a_defect_keeps_its_traceback(
+    ume: Ume, write_items: WriteItems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("ume_models.encode.encode_detailed", broken)
+    result = ume("embed", write_items({"text": "a"}), "-o", tmp_path / "out")
+    assert isinstance(result.exception, RuntimeError)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])

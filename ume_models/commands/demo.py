@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import ume_models
 from ume_models import encode
-from ume_models.atomic import write_atomically
 from ume_models.commands import machine
 from ume_models.commands.console import messages, results
 from ume_models.commands.demo_gallery import demo_gallery
 from ume_models.commands.demo_tasks import DemoTask, load_tasks
+from ume_models.commands.encoding import BUNDLED, EncodingOptions, load_model
 from ume_models.commands.outcome import failures_reported
+from ume_models.commands.output_file import refuse_folder, write_output
 from ume_models.retrieval import ExactIndex, RankingQuality, SearchResult, ranking_quality
 from ume_models.retrieval.gallery import render_gallery
 
@@ -94,6 +94,7 @@ class Agreement:
 def run(html: Path, model: str | None, queries: int | None, engine: str) -> None:
     """Embed, rank, compare, print and write the gallery."""
     with failures_reported():
+        refuse_folder(html)
         tasks = load_tasks(queries)
         names = ["fast", "reference"] if engine == "both" else [engine]
         load = machine.load_average()
@@ -115,8 +116,7 @@ def run(html: Path, model: str | None, queries: int | None, engine: str) -> None
             lines,
             _BUNDLED if model is None else f"the model {model}",
         )
-        html.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(html, render_gallery(page).encode())
+        write_output(html, render_gallery(page))
         place = html.resolve()
         console.print(f"\nGallery of the queries and what was found: {place}", soft_wrap=True)
 
@@ -125,8 +125,9 @@ def _run_engines(
     names: Sequence[str], path: str | None, tasks: Sequence[DemoTask]
 ) -> list[EngineRun]:
     """Every engine over the tasks, taking turns, so that a busy machine slows all of them."""
-    chosen: Sequence[Any] = names
-    models: dict[str, Any] = {name: ume_models.load(path, engine=name) for name in chosen}
+    models: dict[str, Any] = {
+        name: load_model(EncodingOptions(model=path or BUNDLED, engine=name)) for name in names
+    }
     finished: dict[str, list[TaskRun]] = {name: [] for name in names}
     for model in models.values():
         # The first call allocates and builds what later calls reuse.

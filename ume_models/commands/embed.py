@@ -37,7 +37,8 @@ def run(
             pending = store.pending()
             done = len(items) - sum(len(store.item_range(shard)) for shard in pending)
             if done:
-                _tell(f"{output}: {done} of {len(items)} items are done, going on from there")
+                then = "going on from there" if pending else "nothing to do"
+                _tell(f"{output}: {done} of {_count(len(items), 'item')} are done, {then}")
             with ItemProgress(len(items), done) as progress:
                 for shard in pending:
                     rows = store.item_range(shard)
@@ -54,8 +55,8 @@ def run(
                         store.write(shard, content)
             skipped = store.skipped()
         print(
-            f"{len(items) - len(skipped)} embeddings of {manifest.hidden_size} numbers "
-            f"in {store.num_shards} shards: {output}"
+            f"{_count(len(items) - len(skipped), 'embedding')} of {manifest.hidden_size} numbers "
+            f"in {_count(store.num_shards, 'shard')}: {output}"
         )
         if skipped:
             _list_skipped(skipped)
@@ -63,11 +64,16 @@ def run(
 
 
 def _list_skipped(skipped: list[Skipped]) -> None:
-    _tell(f"{len(skipped)} items were skipped:")
+    what = "1 item was" if len(skipped) == 1 else f"{len(skipped)} items were"
+    _tell(f"{what} skipped (later runs leave them out too, unless with --overwrite):")
     for entry in skipped[:_SHOWN]:
         _tell(f"  {entry.id}: {entry.reason}")
     if len(skipped) > _SHOWN:
         _tell(f"  … and {len(skipped) - _SHOWN} more, in the shard-*.json files under 'skipped'")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
 
 
 def _tell(text: str) -> None:

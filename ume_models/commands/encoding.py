@@ -74,7 +74,7 @@ def load_model(options: EncodingOptions) -> Any:
     """The model of these options, ready to embed.
 
     Raises:
-        UmeError: the checkpoint or the device cannot be used.
+        UmeError: the checkpoint, the device or another option cannot be used.
     """
     _check_device(options.device)
     chosen: dict[str, Any] = {
@@ -86,7 +86,10 @@ def load_model(options: EncodingOptions) -> Any:
     }
     if options.latent_steps is not None:
         chosen["latent_steps"] = options.latent_steps
-    return ume_models.load(None if options.model == BUNDLED else options.model, **chosen)
+    try:
+        return ume_models.load(None if options.model == BUNDLED else options.model, **chosen)
+    except ValueError as error:  # an option the user chose, not a defect
+        raise UmeError(str(error)) from error
 
 
 def describe_run(
@@ -140,11 +143,15 @@ def embed_rows(
             None for a bar where stderr is a terminal.
 
     Raises:
-        UmeError: an item cannot be embedded, with ``on_error="stop"``; its line is named.
+        UmeError: an item cannot be embedded, with ``on_error="stop"``, or the file has changed
+            since it was checked; the line is named.
     """
     found = items.read(rows)
     usable = [entry for entry in found if entry.item is not None]
     problems = {entry.row: entry.problem for entry in found if entry.item is None}
+    if on_error == "stop":
+        for row, reason in problems.items():
+            raise UmeError(f"{items.where(row)}: {reason}")
     embeddings = torch.empty(0, model.hidden_size)
     if usable:
         chosen: dict[str, Any] = {
@@ -165,7 +172,10 @@ def embed_rows(
         embeddings = output.embeddings.cpu()
         for problem in output.errors:
             if problem.index is not None:  # encode_detailed always tells it
-                problems[usable[problem.index].row] = problem.reason
+                row = usable[problem.index].row
+                if on_error == "stop":
+                    raise UmeError(f"{items.where(row)}: {problem.reason}")
+                problems[row] = problem.reason
     kept = [position for position, entry in enumerate(usable) if entry.row not in problems]
     return Shard(
         rows=torch.tensor([usable[position].row for position in kept], dtype=torch.int64),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ class _Line:
     offset: int
     length: int
     id: str
+    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,21 @@ class ItemsFile:
         digest: SHA-256 of its bytes.
     """
 
-    def __init__(self, path: str | Path, on_error: Literal["stop", "skip"] = "stop") -> None:
-        """Read the file once and check every line; nothing but line positions is kept.
+    def __init__(
+        self,
+        path: str | Path,
+        on_error: Literal["stop", "skip"] = "stop",
+        *,
+        when_changed: str = "restore it or start again with --overwrite",
+    ) -> None:
+        """Read the file once and check every line; only its position and a digest are kept.
 
         An item without an id gets the number of its line.
 
         Args:
             path: UTF-8, one JSON object per line; empty lines are ignored.
             on_error: "skip" keeps lines that are not valid items, to be listed as skipped.
+            when_changed: the remedy to name when the file turns out to have changed later.
 
         Raises:
             UmeError: a line is not a valid item (with "stop"), two items have one id, or there
@@ -64,6 +72,7 @@ class ItemsFile:
             OSError: the file cannot be read.
         """
         self.path = Path(path)
+        self._when_changed = when_changed
         self._folder = self.path.absolute().parent
         self._lines: list[_Line] = []
         digest = hashlib.sha256()
@@ -72,7 +81,7 @@ class ItemsFile:
         with open(self.path, "rb") as handle:
             for number, raw in enumerate(handle, start=1):
                 digest.update(raw)
-                line = _Line(number, offset, len(raw), str(number))
+                line = _Line(number, offset, len(raw), str(number), _line_digest(raw))
                 offset += len(raw)
                 if not raw.removeprefix(_BYTE_ORDER_MARK).strip():
                     continue
@@ -89,7 +98,7 @@ class ItemsFile:
                         "results could not be told apart: give every item an id of its own"
                     )
                 seen[name] = number
-                self._lines.append(_Line(line.number, line.offset, line.length, name))
+                self._lines.append(replace(line, id=name))
         if not self._lines:
             raise UmeError(f"{self.path} has no items: one JSON object per line is expected")
         self.digest = digest.hexdigest()
@@ -110,6 +119,7 @@ class ItemsFile:
         """Read some items again.
 
         Raises:
+            UmeError: a line is not what it was at first, so that rows and ids would be mixed up.
             OSError: the file cannot be read any more.
         """
         with open(self.path, "rb") as handle:
@@ -117,7 +127,13 @@ class ItemsFile:
             for row in rows:
                 line = self._lines[row]
                 handle.seek(line.offset)
-                found.append(self._parse(handle.read(line.length), line, row))
+                raw = handle.read(line.length)
+                if _line_digest(raw) != line.digest:
+                    raise UmeError(
+                        f"{self.path} changed while it was being embedded "
+                        f"(line {line.number}); {self._when_changed}"
+                    )
+                found.append(self._parse(raw, line, row))
             return found
 
     def _parse(self, raw: bytes, line: _Line, row: int) -> FileItem:
@@ -137,6 +153,11 @@ class ItemsFile:
         except ItemError as error:
             return FileItem(row, None, Record(id=error.id or default.id), error.reason)
         return FileItem(row, item, _record(item.id, fields))
+
+
+def _line_digest(raw: bytes) -> bytes:
+    # Guards against accidents, for millions of lines: eight bytes each are enough and stay small.
+    return hashlib.blake2b(raw, digest_size=8).digest()
 
 
 def _record(name: str, fields: Mapping[str, Any]) -> Record:

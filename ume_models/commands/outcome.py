@@ -26,7 +26,8 @@ class ExitCode(IntEnum):
 def failures_reported(when_interrupted: str = "") -> Iterator[None]:
     """Turn expected failures into a message on stderr and an exit code.
 
-    ``UmeError``, ``OSError`` and ``BackendError`` end the command with 1, Ctrl-C with 130.
+    ``UmeError``, ``OSError``, ``BackendError`` and too little memory end the command with 1,
+    Ctrl-C with 130.
     Anything else is a defect of this program and keeps its traceback, as everything does with
     ``UME_DEBUG=1``.
 
@@ -43,8 +44,10 @@ def failures_reported(when_interrupted: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\ninterrupted. {when_interrupted}".rstrip(), file=sys.stderr)
         raise typer.Exit(ExitCode.INTERRUPTED) from None
-    except (UmeError, OSError, ValueError) as error:
+    except (UmeError, OSError, ValueError, MemoryError, RuntimeError) as error:
         if isinstance(error, ValueError) and not _is_backend_error(error):
+            raise
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
         if os.environ.get("UME_DEBUG", "0") not in ("", "0"):
             raise
@@ -59,7 +62,21 @@ def _is_backend_error(error: ValueError) -> bool:
     return isinstance(error, BackendError)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was short; torch has no class of its own for that on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
 def _message(error: Exception) -> str:
+    if not isinstance(error, UmeError) and _is_out_of_memory(error):
+        # torch adds a listing of its allocator; the first line has what was asked for.
+        said = str(error).partition("\n")[0]
+        return (
+            "out of memory"
+            + f": {said}" * bool(said)
+            + ("; `ume embed` needs less with a lower --batch-tokens or --shard-size")
+        )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

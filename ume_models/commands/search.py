@@ -12,11 +12,11 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from ume_models.atomic import write_atomically
 from ume_models.commands.console import messages, results
 from ume_models.commands.encoding import EncodingOptions, embed_rows, load_model
 from ume_models.commands.items_file import ItemsFile
 from ume_models.commands.outcome import failures_reported
+from ume_models.commands.output_file import refuse_folder, write_output
 from ume_models.errors import UmeError
 from ume_models.retrieval import ExactIndex, FaissIndex, Index, SearchResult
 from ume_models.retrieval.gallery import Card, Found, Gallery, QueryBlock, Section, render_gallery
@@ -39,7 +39,10 @@ def run(
 ) -> None:
     """Embed the queries as the index was embedded, rank, and show."""
     with failures_reported():
-        queries = ItemsFile(queries_path)
+        for target in (html, None if json_to == "-" else json_to):
+            if target is not None:
+                refuse_folder(Path(target))
+        queries = ItemsFile(queries_path, when_changed="run the command again")
         store = EmbeddingStore.open(index_path)
         index, records = _read_index(store, index_type)
         if k > len(index):
@@ -50,14 +53,14 @@ def run(
 
         if html is not None:
             page = render_gallery(_gallery(store, queries, asked, records, result))
-            _write(html, page)
+            write_output(html, page)
             messages().print(f"gallery: {html}", markup=False)
         answers = _answers(asked, records, result)
         if json_to == "-":
             print(json.dumps(answers, ensure_ascii=False, indent=1))
             return
         if json_to is not None:
-            _write(Path(json_to), json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
+            write_output(Path(json_to), json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
             messages().print(f"results: {json_to}", markup=False)
         _show(asked, records, result)
 
@@ -81,9 +84,12 @@ def _embed_queries(
         options = replace(options, model=model)
     try:
         loaded = load_model(options)
-    except ValueError as error:  # the options were checked when the index was made
+    except UmeError as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        # The options were checked when the index was made, all but the device.
         raise UmeError(
-            f"the manifest of {store.directory} has unusable settings: {error}"
+            f"the settings of {store.directory} cannot be used with --device {device}: {error}"
         ) from error
     if loaded.fingerprint != store.manifest.fingerprint:
         raise UmeError(
@@ -187,8 +193,3 @@ def _gallery(
             ("latent steps", str(manifest.encoding.get("latent_steps"))),
         ],
     )
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode(errors="surrogatepass"))
