@@ -10,7 +10,7 @@ from ume_models.retrieval import RankingQuality, SearchResult
 from ume_models.retrieval.gallery import Card, Found, Gallery, QueryBlock, Section
 
 _QUERIES_SHOWN = 8
-_RESULTS_SHOWN = 6
+_RESULTS_SHOWN = 5
 
 
 def demo_gallery(
