@@ -152,8 +152,8 @@ class PlumeForEmbedding(nn.Module):
     def fingerprint(self) -> str:
         """Hash of everything that makes two loaded models give different embeddings.
 
-        All weights, the architecture, the tokenizer, the rendered prompt and the adapter's
-        options; reading the weights takes about a second per gigabyte, once.
+        All weights, the architecture, the vocabulary, the rendered prompt and the adapter's
+        options. It reads every weight, once.
         """
         self._refresh_if_changed()
         if self._fingerprint is None:
@@ -161,7 +161,7 @@ class PlumeForEmbedding(nn.Module):
             about = {
                 # what save_pretrained may write anew without changing a number
                 "config": repr(replace(self.config, raw={})),
-                "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+                "vocabulary": sorted(self.tokenizer.get_vocab().items()),
                 "prompts": [self.processor.template.render(k, "") for k in ((), ("image",))],
                 "ids": [self.prefix_ids, self.suffix_ids, sorted(self.tokens.eos)],
                 "top_k": getattr(self.latent_moe_transition, "top_k", None),
