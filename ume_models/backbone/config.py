@@ -68,11 +68,6 @@ class BackboneConfig:
     vision: VisionConfig
     raw: Mapping[str, Any]
 
-    @property
-    def kv_bytes_per_token_fp32(self) -> int:
-        """Bytes of key/value cache per token in float32 (half of it in 16-bit types)."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 4
-
 
 def _vision(raw: Mapping[str, Any], family: str, hidden_size: int) -> VisionConfig:
     common = {

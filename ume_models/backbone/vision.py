@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ume_kernels.decode.reference import rms_norm
 from ume_models.backbone.config import VisionConfig
 
 Grid = tuple[int, int, int]
@@ -50,9 +51,7 @@ class Norm(nn.Module):
         """Normalise the last axis with float32 statistics."""
         if self.bias is not None:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-6)
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, 1e-6)
 
 
 class VisionAttention(nn.Module):

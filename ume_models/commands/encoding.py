@@ -14,6 +14,7 @@ import torch
 import ume_models
 from ume_models import encode
 from ume_models.commands.items_file import ItemsFile
+from ume_models.embedders.loading import pick_device
 from ume_models.errors import ItemError, UmeError
 from ume_models.store import Manifest, Shard, Skipped
 
@@ -76,7 +77,6 @@ def load_model(options: EncodingOptions) -> Any:
     Raises:
         UmeError: the checkpoint, the device or another option cannot be used.
     """
-    _check_device(options.device)
     chosen: dict[str, Any] = {
         "device": options.device,
         "dtype": options.dtype,
@@ -87,6 +87,7 @@ def load_model(options: EncodingOptions) -> Any:
     if options.latent_steps is not None:
         chosen["latent_steps"] = options.latent_steps
     try:
+        pick_device(options.device)
         return ume_models.load(None if options.model == BUNDLED else options.model, **chosen)
     except ValueError as error:  # an option the user chose, not a defect
         raise UmeError(str(error)) from error
@@ -187,20 +188,6 @@ def embed_rows(
             if entry.row in problems
         ],
     )
-
-
-def _check_device(name: str) -> None:
-    if name == "auto":
-        return
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UmeError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UmeError(
-            f"there is no device {name!r}: torch {torch.__version__} finds "
-            f"{torch.cuda.device_count()} GPUs; `ume doctor` tells more, --device cpu works"
-        )
 
 
 def _lasting_name(model: str) -> str:

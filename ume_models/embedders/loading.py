@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -77,22 +77,23 @@ def load(
     latent_steps = check_rollout(latent_steps, context)
     if engine not in ("fast", "reference"):
         raise ValueError(f"engine must be 'fast' or 'reference', got {engine!r}")
-    _pick_device(device)
+    target = pick_device(device)
     directory = resolve(path_or_id)
+
+    def make_processor(tokenizer: Any, source: Path) -> Processor:
+        images = ImageConfig.from_checkpoint(source, min_pixels, max_pixels)
+        return Processor(tokenizer, images, multi_image=multi_image, empty=empty)
+
+    settings = PlumeSettings(engine, latent_steps, context, max_new_tokens, disc_offset)
     try:
-        model = _load(directory, dtype, base, adapter, top_k, (min_pixels, max_pixels))
+        model = _load(directory, dtype, base, adapter, top_k, settings, make_processor)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         # Damaged JSON can be wrong in any way; name the folder instead of our line of code.
         raise CheckpointError(
             f"{directory}: a file of the checkpoint has unexpected content "
             f"({type(error).__name__}: {error}); compare its JSON files with the original's"
         ) from error
-    model = model.to(device=_pick_device(device)).eval().requires_grad_(False)
-    model.settings = PlumeSettings(engine, latent_steps, context, max_new_tokens, disc_offset)
-    model.processor = Processor(
-        model.tokenizer, model.processor.config, multi_image=multi_image, empty=empty
-    )
-    return model
+    return model.to(device=target).eval().requires_grad_(False)
 
 
 def _load(
@@ -101,29 +102,24 @@ def _load(
     base: str | Path | None,
     adapter: bool,
     top_k: int,
-    pixels: tuple[int | None, int | None],
+    settings: PlumeSettings,
+    make_processor: Callable[[Any, Path], Processor],
 ) -> PlumeForEmbedding:
-    """Everything that reads files: a model on the CPU with default settings."""
+    """Everything that reads files: a model on the CPU."""
     state, weights_from = _read_weights(directory, base)
     files = directory if (directory / "config.json").is_file() else weights_from
     config = read_config(files)
     tokenizer = load_tokenizer(_first_with(("tokenizer.json", "vocab.json"), directory, files))
-    image_config = ImageConfig.from_checkpoint(
-        _first_with(("preprocessor_config.json",), directory, files), *pixels
-    )
-    _check_patches(config, image_config, files)
-    _check_pads(config, tokenizer, files)
     tokens = token_ids(tokenizer, _eos(files), directory)
+    preprocessor = _first_with(("preprocessor_config.json",), directory, files)
+    processor = make_processor(tokenizer, preprocessor)
+    _check_patches(config, processor.config, files)
+    _check_pads(config, tokenizer, files)
     config = _resize_vocabulary(state, config, tokenizer, directory)
     model = _build(config, state, adapter, top_k, directory)
     model = model.to(dtype=_pick_dtype(dtype, state))
-    model.attach(
-        tokenizer,
-        Processor(tokenizer, image_config),
-        tokens,
-        PlumeSettings(),
-        (directory, files, weights_from),
-    )
+    sources = (directory, files, weights_from)
+    model.attach(tokenizer, processor, tokens, settings, sources)
     return model
 
 
@@ -302,7 +298,12 @@ def _adapter_shape(
     )
 
 
-def _pick_device(device: str | torch.device) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device meant by ``"auto"``, or the one named.
+
+    Raises:
+        ValueError: it does not exist here or is neither a CPU nor a CUDA device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -314,7 +315,7 @@ def _pick_device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"there is no device {device!r}: torch {torch.__version__} finds "
-            f"{torch.cuda.device_count()} GPUs; device='cpu' works"
+            f"{torch.cuda.device_count()} GPUs; `ume doctor` tells more, cpu works"
         )
     return chosen
 

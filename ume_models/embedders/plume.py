@@ -397,40 +397,21 @@ class PlumeForEmbedding(nn.Module):
         # Autocast would cast what is written into the arena.
         autocast_off = torch.autocast(self.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), autocast_off:
-            return self._embed_prompts(
-                [self._prompt(ids, visuals, mode) for ids, visuals in rows],
-                mode,
-                latent_steps,
-                context,
-                exclude_experts,
-                verify_eos,
-                return_trace,
-            )
-
-    def _embed_prompts(
-        self,
-        batch: Sequence[Prompt],
-        mode: Mode,
-        latent_steps: int | None,
-        context: Context | None,
-        exclude_experts: Sequence[int],
-        verify_eos: bool,
-        return_trace: bool,
-    ) -> torch.Tensor | tuple[torch.Tensor, RolloutTrace]:
-        if mode != "gen":
-            hidden = self._single_pass(batch, mode)
-            return unit_norm(hidden)
-        plan = self._plan(latent_steps, context, exclude_experts)
-        if self.settings.engine == "reference":
-            results = [self.reference.run(prompt, plan, return_trace) for prompt in batch]
-            hidden = torch.stack([state for state, _ in results])
-            trace = _stack_traces([t for _, t in results if t is not None])
-        else:
-            hidden, trace = self.rollout.run(batch, plan, return_trace)
-            if verify_eos:
-                hidden = self._verify_eos(batch, plan, hidden)
-        embeddings = unit_norm(hidden)
-        return embeddings if trace is None else (embeddings, trace)
+            batch = [self._prompt(ids, visuals, mode) for ids, visuals in rows]
+            if mode != "gen":
+                hidden = self._single_pass(batch, mode)
+                return unit_norm(hidden)
+            plan = self._plan(latent_steps, context, exclude_experts)
+            if self.settings.engine == "reference":
+                results = [self.reference.run(prompt, plan, return_trace) for prompt in batch]
+                hidden = torch.stack([state for state, _ in results])
+                trace = _stack_traces([t for _, t in results if t is not None])
+            else:
+                hidden, trace = self.rollout.run(batch, plan, return_trace)
+                if verify_eos:
+                    hidden = self._verify_eos(batch, plan, hidden)
+            embeddings = unit_norm(hidden)
+            return embeddings if trace is None else (embeddings, trace)
 
     def _prompt(self, ids: np.ndarray, visuals: list[Visual], mode: Mode) -> Prompt:
         prefix = np.array(self.prefix_ids, dtype=np.int64)

@@ -307,8 +307,7 @@ class Processor:
         if self.multi_image is None:
             raise ItemError(
                 f"has {len(item.images)} images; choose multi_image='all' (embed every image) or "
-                "multi_image='first' (only the first one, as the official evaluation does); on "
-                "the command line --multi-image all or first"
+                "multi_image='first' (only the first one, as the official evaluation does)"
             )
         if self.multi_image == "first":
             return item.images[:1], "image", True

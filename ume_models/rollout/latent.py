@@ -248,11 +248,6 @@ class LatentRollout:
                 group, size = [], 0
         return torch.cat(tokens)
 
-    def arena_bytes(self, lengths: Seq[int], plan: LatentPlan) -> int:
-        """Bytes of KV arena a batch of these prompt lengths takes."""
-        extra = plan.steps + len(plan.suffix_ids)
-        return self.arena.bytes_for(len(lengths), max(lengths) + extra) if lengths else 0
-
 
 def last_index(sequence: Sequence, token: int) -> int:
     """Index of the last occurrence of ``token``, or of the last token where there is none."""
