@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from typing import overload
 
 import torch
 
@@ -87,8 +88,6 @@ def always(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
 
 _OPERATIONS: dict[str, dict[Backend, Check]] = {
     # Plain PyTorch so far. An operation with kernels registers itself from its op.py.
-    "moe_transition": {Backend.TORCH: always},
-    "decode": {Backend.TORCH: always},
     "similarity_topk": {Backend.TORCH: always},
 }
 
@@ -189,37 +188,52 @@ def select(op: str, *tensors: torch.Tensor | None, backend: Backend | str | None
     raise BackendError(f"no backend of operation {op!r} can run for these tensors")
 
 
-def explain() -> list[OpReport]:
-    """For every operation, what would run on this machine and why. Touches no GPU.
+@overload
+def explain() -> list[OpReport]: ...
 
-    BackendError when ``UME_BACKEND`` asks for what an operation does not have.
+
+@overload
+def explain(
+    op: str, *tensors: torch.Tensor | None, backend: Backend | str | None = None
+) -> OpReport: ...
+
+
+def explain(
+    op: str | None = None,
+    *tensors: torch.Tensor | None,
+    backend: Backend | str | None = None,
+) -> list[OpReport] | OpReport:
+    """What would run and why, and why no better backend does. Runs nothing, touches no GPU memory.
+
+    Without arguments one report per operation, for this machine. With `op` the report of that
+    operation; with `tensors` too (all that the operation has, in its order, None for those left
+    out) for a call with them and `backend`.
+
+    BackendError as ``select`` raises it for such a call: unknown names, or `backend` or
+    ``UME_BACKEND`` asks for what cannot run.
     """
-    reports = []
-    for op, backends in _OPERATIONS.items():
-        wanted = requested(op)
-        if wanted is not None:
-            _insist(op, wanted, ())
-            reports.append(OpReport(op, wanted, f"{ENVIRONMENT} asks for it"))
-            continue
-        passed: list[tuple[Backend, Obstacle]] = []
-        for backend, check in backends.items():
-            obstacle = check(())
-            if obstacle is not None:
-                passed.append((backend, obstacle))
-                continue
-            if passed:
-                reason = "; ".join(f"no {b.value}: {o.reason}" for b, o in passed)
-            else:
-                reason = "the only backend" if len(backends) == 1 else "the fastest backend"
-            first = passed[0][1] if passed else None
-            reports.append(
-                OpReport(
-                    op,
-                    backend,
-                    reason,
-                    first.missing if first else None,
-                    first.remedy if first else None,
-                )
-            )
+    if op is None:
+        return [_report(name, (), None) for name in _OPERATIONS]
+    return _report(op, tensors, backend)
+
+
+def _report(
+    op: str, tensors: Sequence[torch.Tensor | None], backend: Backend | str | None
+) -> OpReport:
+    chosen = select(op, *tensors, backend=backend)
+    if backend is not None:
+        return OpReport(op, chosen, "the caller asks for it")
+    if requested(op) is not None:
+        return OpReport(op, chosen, f"{ENVIRONMENT} asks for it")
+    backends = _backends(op)
+    passed: list[tuple[Backend, Obstacle]] = []
+    for candidate, check in backends.items():
+        obstacle = None if candidate is chosen else check(tensors)
+        if obstacle is None:
             break
-    return reports
+        passed.append((candidate, obstacle))
+    if not passed:
+        reason = "the only backend" if len(backends) == 1 else "the fastest backend"
+        return OpReport(op, chosen, reason)
+    reason = "; ".join(f"no {b.value}: {o.reason}" for b, o in passed)
+    return OpReport(op, chosen, reason, passed[0][1].missing, passed[0][1].remedy)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-import ume_kernels  # noqa: F401  - the operations register themselves
+import ume_kernels  # the operations register themselves
 from ume_kernels import dispatch
 from ume_kernels.dispatch import Backend, BackendError, Obstacle, OpReport
 
@@ -129,3 +129,38 @@ def test_explain_covers_every_operation(monkeypatch: pytest.MonkeyPatch) -> None
     assert {(r.backend, r.reason) for r in dispatch.explain()} == {
         (Backend.TORCH, "UME_BACKEND asks for it")
     }
+
+
+def test_explain_one_operation_for_given_tensors() -> None:
+    assert dispatch.explain("toy", ONE) == OpReport("toy", Backend.NATIVE, "the fastest backend")
+    assert dispatch.explain("toy", TWO) == OpReport(
+        "toy", Backend.TORCH, "no native: more than one element; no triton: slower than torch"
+    )
+    # without tensors: the machine, as in the list
+    assert dispatch.explain("toy") in dispatch.explain()
+
+
+def test_explain_tells_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UME_BACKEND", "toy:triton")
+    assert dispatch.explain("toy", ONE) == OpReport(
+        "toy", Backend.TRITON, "UME_BACKEND asks for it"
+    )
+    assert dispatch.explain("toy", ONE, backend="torch") == OpReport(
+        "toy", Backend.TORCH, "the caller asks for it"
+    )
+
+
+def test_explain_agrees_with_select() -> None:
+    for tensors in ((), (ONE,), (TWO,)):
+        assert dispatch.explain("toy", *tensors).backend is dispatch.select("toy", *tensors)
+    with pytest.raises(BackendError, match="'native' of operation 'toy' cannot run: more than one"):
+        dispatch.explain("toy", TWO, backend="native")
+    with pytest.raises(BackendError, match="unknown operation 'convolution'"):
+        dispatch.explain("convolution")
+
+
+def test_explain_a_real_operation() -> None:
+    x, weight = torch.zeros(2, 8), torch.zeros(4, 8)
+    report = ume_kernels.explain("linear", x, weight, None)
+    assert report.backend is Backend.TORCH
+    assert report.reason.startswith("no native: ")
