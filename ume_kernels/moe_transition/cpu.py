@@ -21,6 +21,7 @@ def moe_transition_cpu(
     weights: MoEWeights,
     top_k: int,
     excluded: torch.Tensor | None = None,
+    balance: str = "batch",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Same arguments, result and rounding points as ``moe_transition_reference``; no gradient."""
     step_ids = clamp_step(step, z.shape[0], weights.step_embed.shape[0], z.device)
@@ -37,4 +38,4 @@ def moe_transition_cpu(
         s = weights.shared
         hidden = F.gelu(linear(u, s.fc1_weight, s.fc1_bias))
         shared = linear(hidden, s.fc2_weight, s.fc2_bias)
-    return z + mix_experts(routing, chosen, shared), auxiliary(routing.probs)
+    return z + mix_experts(routing, chosen, shared), auxiliary(routing.probs, balance)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from ume_kernels.moe_transition.op import moe_transition
+from ume_kernels.moe_transition.op import Balance, moe_transition
 from ume_kernels.moe_transition.reference import auxiliary, clamp_step, mix_experts, route
-from ume_kernels.moe_transition.weights import MoEWeights, SharedExpert
+from ume_kernels.moe_transition.weights import MoEWeights, SharedExpert, packed_view
 
 
 class ExpertMLP(nn.Module):
@@ -78,6 +78,31 @@ class MoETransition(nn.Module):
             [ExpertMLP(self.hidden_size, dropout) for _ in range(self.num_experts)]
         )
         self.shared_expert = ExpertMLP(self.hidden_size, dropout) if use_shared_expert else None
+        self._packed = False
+
+    def pack_experts(self) -> MoETransition:
+        """Move the experts' parameters into one storage each, in place, for inference.
+
+        Kernels then take them stacked without a copy per call. Parameters keep their names,
+        identity and values and remain what ``load_state_dict`` or an optimizer writes to; ``to``
+        and the like move them and pack them again. What replaces a parameter undoes the packing:
+        results stay right, the copies come back.
+        """
+        self._packed = True
+        linears = [(e.fc1, e.fc2) for e in self.experts if isinstance(e, ExpertMLP)]
+        for layer in zip(*linears, strict=True):
+            for name in ("weight", "bias"):
+                parameters = [getattr(linear, name) for linear in layer]
+                if parameters[0].is_meta or packed_view(parameters) is not None:
+                    continue
+                stack = torch.stack([p.data for p in parameters])
+                for parameter, part in zip(parameters, stack, strict=True):
+                    parameter.data = part
+        return self
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> MoETransition:
+        super()._apply(fn, recurse)
+        return self.pack_experts() if self._packed else self
 
     def _mask_of(self, excluded: Sequence[int]) -> torch.Tensor:
         chosen = sorted({int(index) for index in excluded})
@@ -131,11 +156,13 @@ class MoETransition(nn.Module):
         context: torch.Tensor | None = None,
         *,
         excluded: Sequence[int] = (),
+        balance: Balance = "batch",
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One transition: ``z_t [B, D]`` -> ``(z' [B, D], {"balance_loss", "router_entropy"})``.
 
         ``context`` is ``[B, D]``, ``[1, D]`` or ``[D]`` (broadcast), or None for zeros;
-        ``excluded`` adds to the experts excluded at construction.
+        ``excluded`` adds to the experts excluded at construction; ``balance`` is that of
+        ``moe_transition``.
         """
         if context is not None:
             context = context.to(z_t)
@@ -144,9 +171,10 @@ class MoETransition(nn.Module):
             if context.shape[0] == 1:
                 context = context.expand(z_t.shape[0], -1)
         if self.training and self.dropout > 0:
-            return self._forward_dropout(z_t, step_id, context, excluded)
+            return self._forward_dropout(z_t, step_id, context, excluded, balance)
+        mask = self.exclusion_mask(excluded)
         return moe_transition(
-            z_t, context, step_id, self.weights(), self.top_k, self.exclusion_mask(excluded)
+            z_t, context, step_id, self.weights(), self.top_k, mask, balance=balance
         )
 
     def _forward_dropout(
@@ -155,6 +183,7 @@ class MoETransition(nn.Module):
         step: int | torch.Tensor,
         context: torch.Tensor | None,
         excluded: Sequence[int],
+        balance: Balance,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         # Dropout draws inside each expert, which the functional op does not know.
         step_ids = clamp_step(step, z.shape[0], self.step_embed_max_steps, z.device)
@@ -165,4 +194,4 @@ class MoETransition(nn.Module):
         rows = torch.arange(z.shape[0], device=z.device)
         chosen = every[routing.experts, rows[:, None]]
         shared = self.shared_expert(u) if self.shared_expert is not None else None
-        return z + mix_experts(routing, chosen, shared), auxiliary(routing.probs)
+        return z + mix_experts(routing, chosen, shared), auxiliary(routing.probs, balance)

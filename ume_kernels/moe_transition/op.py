@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 
-from ume_kernels.dispatch import Backend, select
+from ume_kernels import dispatch, triton_backend
+from ume_kernels.dispatch import Backend, Obstacle, select
 from ume_kernels.moe_transition.cpu import moe_transition_cpu
+from ume_kernels.moe_transition.custom_ops import NAME, flat
 from ume_kernels.moe_transition.reference import moe_transition_reference
 from ume_kernels.moe_transition.weights import MoEWeights
+
+MAX_EXPERTS = 16
+"""Routed experts up to which the Triton kernels run: a row's logits are one block."""
+
+WIDTH_MULTIPLE = 16
+
+Balance = Literal["batch", "sample"]
+
+
+def _triton_check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
+    """Whether the kernels run for ``(z, context, router weight)``."""
+    if tensors:
+        z, router = tensors[0], tensors[2] if len(tensors) > 2 else None
+        assert z is not None
+        limit = _limit(z.shape[-1], 1 if router is None else router.shape[0])
+        if limit is not None:
+            return Obstacle(limit)
+    return triton_backend.check(NAME, tensors)
+
+
+def _limit(width: int, experts: int) -> str | None:
+    if width % WIDTH_MULTIPLE:
+        return f"its width must be a multiple of {WIDTH_MULTIPLE}, not {width}"
+    if experts > MAX_EXPERTS:
+        return f"it has at most {MAX_EXPERTS} experts, not {experts}"
+    return None
+
+
+dispatch.register(NAME, {Backend.TRITON: _triton_check, Backend.TORCH: dispatch.always})
+
+
+def _traced(
+    device: torch.device, dtype: torch.dtype, width: int, experts: int, backend: str | None
+) -> bool:
+    # torch.compile cannot follow what asks the machine; it bakes this answer in.
+    z = torch.empty(0, width, device=device, dtype=dtype)
+    router = torch.empty(experts, 0, device=device, dtype=dtype)
+    return select(NAME, z, None, router, backend=backend) is Backend.TRITON
+
+
+# What torch.compiler.assume_constant_result sets; that function imports the compiler, and Triton.
+_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def moe_transition(
@@ -19,6 +66,7 @@ def moe_transition(
     excluded: torch.Tensor | None = None,
     *,
     backend: str | Backend | None = None,
+    balance: Balance = "batch",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Next latent input ``z'`` from the last hidden state ``z``.
 
@@ -28,35 +76,119 @@ def moe_transition(
     Args:
         z: ``[B, D]`` float32, float16 or bfloat16.
         context: ``[B, D]`` router context, or None for zeros.
-        step: 0-based step id; an int or int64 ``[B]``; ids above the table use its last row.
-        weights: parameters, same dtype and device as ``z``.
+        step: 0-based step id; an int ≥ 0, or an integer tensor ``[B]`` or ``[1]`` on the device of
+            ``z``. Ids outside the table use its nearest row; a tensor is not read on the host,
+            so negative ids in one are not reported.
+        weights: parameters, same dtype and device as ``z``. Kernels want the experts stacked:
+            without ``MoETransition.pack_experts`` every call copies them first.
         top_k: experts per row, 1 … E.
-        excluded: bool ``[E]`` of experts that must not be chosen, or None.
+        excluded: bool ``[E]`` of experts that must not be chosen, or None. If fewer than ``top_k``
+            are left, excluded ones fill up with probability 0; if none is left the output is NaN.
+            Both are errors where the mask is on the CPU; elsewhere reading it would wait for the
+            device, and ``MoETransition.exclusion_mask`` checks the indices instead.
         backend: force an implementation; default as ``ume_kernels.explain`` tells.
+        balance: balance loss of the mean routing of the ``"batch"`` (PLUME eq. 6), or the mean of
+            every ``"sample"``'s own (the official training: it calls the module with one row).
 
     Returns:
         ``(z' [B, D], {"balance_loss", "router_entropy"})``, the latter float32 scalars.
 
     Raises:
-        ValueError: a shape does not fit; the message names it.
+        ValueError: a shape, dtype or device does not fit; the message names it.
+        BackendError: ``backend`` or ``UME_BACKEND`` asks for one that cannot run.
     """
-    if z.ndim != 2 or z.shape[1] != weights.hidden_size:
-        raise ValueError(f"z must be [B, {weights.hidden_size}], got {tuple(z.shape)}")
-    if context is not None and context.shape != z.shape:
-        raise ValueError(f"context must be {tuple(z.shape)} like z, got {tuple(context.shape)}")
-    if not 1 <= top_k <= weights.num_experts:
-        raise ValueError(f"top_k must be 1 … {weights.num_experts}, got {top_k}")
-    if excluded is not None and excluded.shape != (weights.num_experts,):
-        raise ValueError(
-            f"excluded must be a bool mask [{weights.num_experts}], got {tuple(excluded.shape)}"
-        )
-    select("moe_transition", z, backend=backend)
-    needs_grad = torch.is_grad_enabled() and (
-        z.requires_grad or weights.router_weight.requires_grad
-    )
+    _check(z, context, step, weights, top_k, excluded, balance)
+    used = [z, context, *_tensors(weights)]
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in used)
+    if _wants_triton(z, context, weights, backend):
+        name = "moe_transition_training" if needs_grad else "moe_transition"
+        at = (step, 0) if isinstance(step, torch.Tensor) else (None, int(step))
+        out, aux, *_ = getattr(torch.ops.ume, name)(
+            z, context, *at, excluded, top_k, balance == "sample", backend is not None,
+            *flat(weights),
+        )  # fmt: skip
+        return out, {"balance_loss": aux[0], "router_entropy": aux[1]}
     run = (
         moe_transition_cpu
         if z.device.type == "cpu" and not needs_grad
         else moe_transition_reference
     )
-    return run(z, context, step, weights, top_k, excluded)
+    return run(z, context, step, weights, top_k, excluded, balance)
+
+
+def _wants_triton(
+    z: torch.Tensor,
+    context: torch.Tensor | None,
+    weights: MoEWeights,
+    backend: str | Backend | None,
+) -> bool:
+    if torch.compiler.is_compiling():
+        name = None if backend is None else str(backend)
+        triton = _traced(z.device, z.dtype, z.shape[1], weights.num_experts, name)
+    else:
+        triton = select(NAME, z, context, weights.router_weight, backend=backend) is Backend.TRITON
+    # Autocast of weights in another dtype, and no rows at all, are PyTorch's.
+    return triton and z.shape[0] > 0 and z.dtype == weights.router_weight.dtype
+
+
+def _tensors(weights: MoEWeights) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for value in flat(weights)[:-1]:
+        found.extend([value] if isinstance(value, torch.Tensor) else value)
+    return found
+
+
+def _check(
+    z: torch.Tensor,
+    context: torch.Tensor | None,
+    step: int | torch.Tensor,
+    weights: MoEWeights,
+    top_k: int,
+    excluded: torch.Tensor | None,
+    balance: str,
+) -> None:
+    experts = weights.num_experts
+    if z.ndim != 2 or z.shape[1] != weights.hidden_size:
+        raise ValueError(f"z must be [B, {weights.hidden_size}], got {tuple(z.shape)}")
+    if context is not None and context.shape != z.shape:
+        raise ValueError(f"context must be {tuple(z.shape)} like z, got {tuple(context.shape)}")
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k must be 1 … {experts}, got {top_k}")
+    if balance not in ("batch", "sample"):
+        raise ValueError(f"balance must be 'batch' or 'sample', got {balance!r}")
+    if isinstance(step, torch.Tensor):
+        if step.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"step must be int32 or int64, got {step.dtype}")
+        if step.numel() not in (1, z.shape[0]):
+            raise ValueError(
+                f"step has {step.numel()} elements; expected 1 or one per row ({z.shape[0]})"
+            )
+    elif step < 0:
+        raise ValueError(f"step must be 0 or more, got {step}")
+    for name, tensor in (("context", context), ("step", step), ("excluded", excluded)):
+        if isinstance(tensor, torch.Tensor) and tensor.device != z.device:
+            raise ValueError(f"{name} is on {tensor.device}, z on {z.device}")
+    autocast = torch.is_autocast_enabled(z.device.type)
+    named = [("context", context), *(("a weight", t) for t in _tensors(weights))]
+    for name, tensor in named:
+        if tensor is None:
+            continue
+        if tensor.device != z.device:
+            raise ValueError(f"{name} is on {tensor.device}, z on {z.device}")
+        if tensor.dtype != z.dtype and not autocast:
+            raise ValueError(f"{name} is {tensor.dtype}, z {z.dtype}")
+    if excluded is not None:
+        _check_excluded(excluded, experts, top_k)
+
+
+def _check_excluded(excluded: torch.Tensor, experts: int, top_k: int) -> None:
+    if excluded.shape != (experts,) or excluded.dtype != torch.bool:
+        raise ValueError(
+            f"excluded must be a bool mask [{experts}], got {excluded.dtype} "
+            f"{tuple(excluded.shape)}"
+        )
+    if torch.compiler.is_compiling() or not excluded.is_cpu or type(excluded) is not torch.Tensor:
+        return
+    left = experts - sum(excluded.tolist())
+    if left < top_k:
+        raise ValueError(f"excluded leaves {left} experts, but each row needs top_k={top_k}")

@@ -79,9 +79,12 @@ def route(
     return Routing(probs, top_probs.to(z.dtype), top_experts)
 
 
-def auxiliary(probs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Balance loss (eq. 6) of the batch-mean routing and mean router entropy, both scalars."""
-    mean = probs.mean(dim=0)
+def auxiliary(probs: torch.Tensor, balance: str = "batch") -> dict[str, torch.Tensor]:
+    """Balance loss (eq. 6) and mean router entropy, both scalars.
+
+    The loss is that of the batch-mean routing, or with ``balance="sample"`` the mean of each row's.
+    """
+    mean = probs if balance == "sample" else probs.mean(dim=0)
     return {
         "balance_loss": ((mean - 1.0 / probs.shape[-1]) ** 2).mean(),
         "router_entropy": -(probs * probs.clamp_min(1e-8).log()).sum(dim=-1).mean(),
@@ -108,6 +111,7 @@ def moe_transition_reference(
     weights: MoEWeights,
     top_k: int,
     excluded: torch.Tensor | None = None,
+    balance: str = "batch",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One latent transition; see the module docstring for the formula.
 
@@ -118,6 +122,7 @@ def moe_transition_reference(
         weights: adapter parameters.
         top_k: experts per row.
         excluded: bool ``[E]``, experts the router must not choose, or None.
+        balance: see ``auxiliary``.
 
     Returns:
         ``(z' [B, D] in the dtype of z, {"balance_loss", "router_entropy"} scalars)``.
@@ -142,4 +147,4 @@ def moe_transition_reference(
     if weights.shared is not None:
         s = weights.shared
         shared = F.linear(F.gelu(F.linear(u, s.fc1_weight, s.fc1_bias)), s.fc2_weight, s.fc2_bias)
-    return z + mix_experts(routing, chosen, shared), auxiliary(routing.probs)
+    return z + mix_experts(routing, chosen, shared), auxiliary(routing.probs, balance)

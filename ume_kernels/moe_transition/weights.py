@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,3 +51,48 @@ class MoEWeights:
     def hidden_size(self) -> int:
         """Width of the latent state, D."""
         return int(self.ln_weight.shape[0])
+
+    def stacked(self) -> MoEWeights:
+        """The same with expert parameters as tensors ``[E, …]``.
+
+        A view where they lie at equal distances in one storage (``MoETransition.pack_experts``)
+        and no gradient is wanted, else ``torch.stack``, which is differentiable.
+        """
+        return replace(
+            self,
+            fc1_weight=stack_experts(self.fc1_weight),
+            fc1_bias=stack_experts(self.fc1_bias),
+            fc2_weight=stack_experts(self.fc2_weight),
+            fc2_bias=stack_experts(self.fc2_bias),
+        )
+
+
+def stack_experts(parts: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """``[E, …]`` contiguous from ``E`` tensors: a view where possible, else a copy."""
+    if isinstance(parts, torch.Tensor):
+        return parts.contiguous()
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        return torch.stack(list(parts))
+    view = packed_view(parts)
+    return torch.stack(list(parts)) if view is None else view
+
+
+def packed_view(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """``parts`` as one tensor without a copy, None unless they follow each other in memory."""
+    first = parts[0]
+    if torch.compiler.is_compiling() or type(first.data) is not torch.Tensor or first.is_meta:
+        return None
+    size = first.numel()
+    storage = first.untyped_storage().data_ptr()
+    start = first.storage_offset()
+    for number, part in enumerate(parts):
+        if (
+            part.shape != first.shape
+            or part.dtype != first.dtype
+            or not part.is_contiguous()
+            or part.untyped_storage().data_ptr() != storage
+            or part.storage_offset() != start + number * size
+        ):
+            return None
+    stride = (size, *first.stride())
+    return first.detach().as_strided((len(parts), *first.shape), stride, start)
