@@ -4,8 +4,10 @@ from ume_kernels.decode import (
     DecoderLayerWeights,
     DecodeStep,
     LayerShape,
+    attend_cache,
     decode_layer,
     decode_step,
+    rope_table,
 )
 from ume_kernels.dispatch import Backend, explain
 from ume_kernels.linear import linear
@@ -19,10 +21,12 @@ __all__ = [
     "LayerShape",
     "MoETransition",
     "MoEWeights",
+    "attend_cache",
     "decode_layer",
     "decode_step",
     "explain",
     "linear",
     "moe_transition",
+    "rope_table",
     "similarity_topk",
 ]

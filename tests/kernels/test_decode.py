@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ume_kernels import DecoderLayerWeights, LayerShape, decode_layer, decode_step
+from ume_kernels import DecoderLayerWeights, LayerShape, decode_layer, decode_step, rope_table
 from ume_kernels.decode.reference import ragged_attention
 
 
@@ -32,6 +32,10 @@ def make_layer(width=48, heads=4, kv_heads=2, dim=16, inner=96, dtype=torch.floa
     return weights, LayerShape(heads, kv_heads, dim, 1e-6)
 
 
+def table(dim: int, positions: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    return rope_table(positions, 10000.0 ** (-torch.arange(0, dim, 2).float() / dim))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 20), min_size=1, max_size=5),
@@ -47,9 +51,7 @@ def test_ragged_attention_equals_a_plain_loop(lengths, queries, kv_heads, group,
     q = torch.randn(batch, queries, kv_heads * group, dim)
     keys, values = torch.randn(2, batch, kv_heads, capacity, dim).unbind(0)
     shape = LayerShape(kv_heads * group, kv_heads, dim, 1e-6)
-    step = decode_step(
-        torch.tensor(lengths), queries, capacity, shape, torch.ones(dim // 2), torch.float32
-    )
+    step = decode_step(torch.tensor(lengths), queries, capacity, table(dim), shape, torch.float32)
     got = ragged_attention(q, keys, values, step.visible)
     for b, length in enumerate(lengths):
         for i in range(queries):
@@ -92,12 +94,11 @@ def test_layer_equals_transformers(tmp_path):
     embeds = torch.randn(1, 9, 48)
     with torch.inference_mode():
         expected = theirs(inputs_embeds=embeds).last_hidden_state
-        inv_freq = 10000.0 ** (-torch.arange(0, 12, 2).float() / 12)
         keys, values = torch.zeros(2, 1, 2, 16, 12).unbind(0)
         got = []
         for start, stop in ((0, 4), (4, 5), (5, 9)):
             step = decode_step(
-                torch.tensor([start]), stop - start, stop, shape, inv_freq, torch.float32
+                torch.tensor([start]), stop - start, stop, table(12), shape, torch.float32
             )
             chunk = embeds[:, start:stop]
             got.append(decode_layer(chunk, step, keys, values, weights, shape))
@@ -109,17 +110,16 @@ def test_rows_do_not_see_each_other_or_the_unused_arena():
     weights, shape = make_layer()
     lengths = torch.tensor([3, 7, 1])
     hidden = torch.randn(3, 2, 48)
-    inv_freq = 10000.0 ** (-torch.arange(0, 16, 2).float() / 16)
     keys, values = torch.randn(2, 3, 2, 32, 16).unbind(0)
     noisy_keys, noisy_values = keys.clone(), values.clone()
     for row, length in enumerate(lengths):
         noisy_keys[row, :, int(length) + 2 :] = 1e4
         noisy_values[row, :, int(length) + 2 :] = -1e4
-    step = decode_step(lengths, 2, 9, shape, inv_freq, torch.float32)
+    step = decode_step(lengths, 2, 9, table(16), shape, torch.float32)
     together = decode_layer(hidden, step, noisy_keys, noisy_values, weights, shape)
     for row in range(3):
         one = slice(row, row + 1)
-        step = decode_step(lengths[one], 2, int(lengths[row]) + 2, shape, inv_freq, torch.float32)
+        step = decode_step(lengths[one], 2, int(lengths[row]) + 2, table(16), shape, torch.float32)
         alone = decode_layer(
             hidden[one], step, keys[one].clone(), values[one].clone(), weights, shape
         )
@@ -132,9 +132,7 @@ def test_wrong_arguments_are_named():
     keys, values = torch.zeros(2, 1, 2, 8, 16).unbind(0)
 
     def step(lengths, max_length):
-        return decode_step(
-            torch.tensor(lengths), 1, max_length, shape, torch.ones(8), torch.float32
-        )
+        return decode_step(torch.tensor(lengths), 1, max_length, table(16), shape, torch.float32)
 
     with pytest.raises(ValueError, match="9 tokens do not fit an arena of capacity 8"):
         decode_layer(hidden, step([8], 9), keys, values, weights, shape)

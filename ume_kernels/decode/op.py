@@ -1,14 +1,129 @@
-"""Argument checks and choice of implementation for the decode step."""
+"""Argument checks, choice of implementation and custom operators of the decode step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ume_kernels.decode.reference import DecodeStep, decode_layer_reference
+from ume_kernels import dispatch, triton_backend
+from ume_kernels.decode.reference import (
+    DecodeStep,
+    attend_cache_reference,
+    decode_layer_reference,
+    decode_step,
+)
 from ume_kernels.decode.weights import DecoderLayerWeights, LayerShape
-from ume_kernels.dispatch import Backend, select
+from ume_kernels.dispatch import Backend, Obstacle
 
 MAX_NEW_TOKENS = 64
+MAX_KERNEL_TOKENS = 8
+"""New tokens per row that the kernels take; the tile of a KV head holds all of them."""
+
+MAX_TILE = 64
+"""Query heads of a KV head times new tokens, the rows of an attention tile."""
+
+
+def _check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
+    """Given hidden (or q), keys, values and, for a layer, its weights."""
+    if not tensors:
+        return triton_backend.check("decode", tensors)
+    x, keys, values = tensors[:3]
+    assert x is not None
+    assert keys is not None
+    assert values is not None
+    if any(t is not None and t.dtype != x.dtype for t in tensors):
+        return Obstacle("hidden states, arena and weights differ in dtype")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return Obstacle("it has no backward and a gradient is needed")
+    queries = x.shape[1]
+    if queries > MAX_KERNEL_TOKENS:
+        return Obstacle(f"more than {MAX_KERNEL_TOKENS} new tokens per row")
+    if x.ndim == 4:
+        heads = x.shape[2]
+    else:
+        q_weight = tensors[4]
+        assert q_weight is not None
+        heads = q_weight.shape[0] // keys.shape[3]
+    group = heads // keys.shape[1]
+    if group * queries > MAX_TILE:
+        return Obstacle(f"{group} query heads per KV head times {queries} tokens exceed {MAX_TILE}")
+    for cache in (keys, values):
+        if cache.stride(3) != 1 or cache.stride(2) != cache.shape[3]:
+            return Obstacle("a token's key and value must be contiguous, tokens one after another")
+    if keys.stride() != values.stride():
+        return Obstacle("keys and values must be laid out alike")
+    if any(t is not None and not t.is_contiguous() for t in tensors[3:]):
+        return Obstacle("weights must be contiguous")
+    return triton_backend.check("decode", tensors)
+
+
+dispatch.register("decode", {Backend.TRITON: _check, Backend.TORCH: dispatch.always})
+
+
+def _flat(w: DecoderLayerWeights) -> tuple[torch.Tensor | None, ...]:
+    return (
+        w.input_norm, w.q_weight, w.q_bias, w.k_weight, w.k_bias, w.v_weight, w.v_bias,
+        w.o_weight, w.post_norm, w.gate_weight, w.up_weight, w.down_weight,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("ume::decode_layer", mutates_args=("keys", "values"))
+def _decode_layer_op(
+    hidden: torch.Tensor,
+    lengths: torch.Tensor,
+    cos_table: torch.Tensor,
+    sin_table: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    input_norm: torch.Tensor,
+    q_weight: torch.Tensor,
+    q_bias: torch.Tensor | None,
+    k_weight: torch.Tensor,
+    k_bias: torch.Tensor | None,
+    v_weight: torch.Tensor,
+    v_bias: torch.Tensor | None,
+    o_weight: torch.Tensor,
+    post_norm: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    down_weight: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rms_eps: float,
+    max_length: int,
+) -> torch.Tensor:
+    weights = DecoderLayerWeights(
+        input_norm, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, o_weight, post_norm,
+        gate_weight, up_weight, down_weight,
+    )  # fmt: skip
+    shape = LayerShape(num_heads, num_kv_heads, head_dim, rms_eps)
+    rope = (cos_table, sin_table)
+    step = decode_step(lengths, hidden.shape[1], max_length, rope, shape, hidden.dtype)
+    # The reference overwrites whatever a half-done layer appended.
+    return triton_backend.attempt(
+        "decode",
+        lambda: _run_kernels(hidden, step, keys, values, weights),
+        lambda: decode_layer_reference(hidden, step, keys, values, weights, shape),
+    )
+
+
+@_decode_layer_op.register_fake
+def _(hidden: torch.Tensor, *others: object) -> torch.Tensor:
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _run_kernels(
+    hidden: torch.Tensor,
+    step: DecodeStep,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    weights: DecoderLayerWeights,
+) -> torch.Tensor:
+    from ume_kernels.decode.triton_layer import decode_layer_triton
+
+    return decode_layer_triton(hidden, step, keys, values, weights)
 
 
 def decode_layer(
@@ -24,27 +139,124 @@ def decode_layer(
     """One decoder layer over a few new tokens per row on a ragged KV arena.
 
     See ``decode_layer_reference`` for the formula, the arguments and the result. Keys and
-    values are appended in place.
+    values are appended in place. The kernels (``backend="triton"``) run five launches where the
+    tuning table has Triton for every projection, read each row's tokens by its own length on the
+    device, and read nothing beyond it.
 
     Raises:
         ValueError: a shape does not fit, or the new tokens would not fit the arena.
     """
     if hidden.ndim != 3:
         raise ValueError(f"hidden must be [B, Q, D], got {tuple(hidden.shape)}")
-    batch, queries, _ = hidden.shape
+    batch, queries, width = hidden.shape
     if not 1 <= queries <= MAX_NEW_TOKENS:
         raise ValueError(f"decode takes 1 … {MAX_NEW_TOKENS} new tokens per row, got {queries}")
-    if step.slots.shape != (batch, queries):
+    if (step.lengths.shape[0], step.queries) != (batch, queries):
         raise ValueError(
-            f"step is for {tuple(step.slots.shape)} tokens, hidden has {(batch, queries)}"
+            f"step is for {(step.lengths.shape[0], step.queries)} tokens, "
+            f"hidden has {(batch, queries)}"
+        )
+    if weights.q_weight.shape != (shape.num_heads * shape.head_dim, width):
+        raise ValueError(
+            f"q_weight is {tuple(weights.q_weight.shape)}; hidden states of width {width} and "
+            f"{shape.num_heads} heads of {shape.head_dim} need "
+            f"{(shape.num_heads * shape.head_dim, width)}"
         )
     expected = (batch, shape.num_kv_heads, keys.shape[2], shape.head_dim)
     for name, cache in (("keys", keys), ("values", values)):
         if tuple(cache.shape) != expected:
             raise ValueError(f"{name} must be {expected}, got {tuple(cache.shape)}")
-    if step.visible.shape[-1] > keys.shape[2]:
+    if step.max_length > keys.shape[2]:
         raise ValueError(
-            f"{step.visible.shape[-1]} tokens do not fit an arena of capacity {keys.shape[2]}"
+            f"{step.max_length} tokens do not fit an arena of capacity {keys.shape[2]}"
         )
-    select("decode", hidden, backend=backend)
-    return decode_layer_reference(hidden, step, keys, values, weights, shape)
+    flat = _flat(weights)
+    chosen = dispatch.select("decode", hidden, keys, values, *flat, backend=backend)
+    if chosen is not Backend.TRITON:
+        return decode_layer_reference(hidden, step, keys, values, weights, shape)
+    if backend is not None:  # insisted on: a failure to compile is the caller's to see
+        return triton_backend.attempt(
+            "decode",
+            lambda: _run_kernels(hidden, step, keys, values, weights),
+            lambda: decode_layer_reference(hidden, step, keys, values, weights, shape),
+            backend,
+        )
+    return _decode_layer_op(
+        hidden, step.lengths, step.cos_table, step.sin_table, keys, values, *flat,
+        shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rms_eps, step.max_length,
+    )  # fmt: skip
+
+
+def attend_cache(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    backend: str | Backend | None = None,
+) -> torch.Tensor:
+    """Attention of a few queries per row over any rows of the arena.
+
+    See ``attend_cache_reference`` for arguments and result.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    if q.ndim != 4 or keys.ndim != 4 or keys.shape != values.shape:
+        raise ValueError(
+            f"q must be [R, Q, H, dh], keys and values [S, Hkv, C, dh]; got {tuple(q.shape)}, "
+            f"{tuple(keys.shape)}, {tuple(values.shape)}"
+        )
+    rows, _, heads, dim = q.shape
+    if dim != keys.shape[3] or heads % keys.shape[1]:
+        raise ValueError(
+            f"{heads} query heads of size {dim} do not fit {keys.shape[1]} KV heads of size "
+            f"{keys.shape[3]}"
+        )
+    for name, per_row in (("slots", slots), ("lengths", lengths)):
+        if per_row.shape != (rows,):
+            raise ValueError(f"{name} must be [{rows}], got {tuple(per_row.shape)}")
+    chosen = dispatch.select("decode", q, keys, values, backend=backend)
+    if chosen is not Backend.TRITON:
+        return attend_cache_reference(q, keys, values, slots, lengths)
+    if backend is not None:
+        return triton_backend.attempt(
+            "decode",
+            lambda: _run_attention(q, keys, values, slots, lengths),
+            lambda: attend_cache_reference(q, keys, values, slots, lengths),
+            backend,
+        )
+    return _attend_cache_op(q, keys, values, slots, lengths)
+
+
+def _run_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    from ume_kernels.decode.triton_layer import attend_triton
+
+    return attend_triton(q, keys, values, slots, lengths, extra=0)
+
+
+@torch.library.custom_op("ume::attend_cache", mutates_args=())
+def _attend_cache_op(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    return triton_backend.attempt(
+        "decode",
+        lambda: _run_attention(q, keys, values, slots, lengths),
+        lambda: attend_cache_reference(q, keys, values, slots, lengths),
+    )
+
+
+@_attend_cache_op.register_fake
+def _(q: torch.Tensor, *others: object) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -10,6 +10,7 @@ well: both compute a layer as transformers' Qwen2-VL decoder does, rounding wher
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
-def rope_cos_sin(
-    positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype
+def rope_table(
+    positions: int, inv_freq: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary tables ``[…, dh]`` in ``dtype`` for integer positions ``[…]``; angles in float32."""
-    angles = positions[..., None].float() * inv_freq
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    """Rotary cosines and sines of positions ``0 … positions - 1``.
+
+    Args:
+        positions: number of positions P.
+        inv_freq: float32 ``[dh / 2]``.
+
+    Returns:
+        float32 ``[P, dh / 2]`` each; both halves of a head use the same angles.
+    """
+    at = torch.arange(positions, device=inv_freq.device, dtype=torch.float32)
+    angles = at[:, None] * inv_freq
+    return angles.cos(), angles.sin()
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -61,49 +70,93 @@ def mlp(hidden: torch.Tensor, w: DecoderLayerWeights, shape: LayerShape) -> torc
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """What every layer of one pass shares, computed once per pass.
+    """What every layer of one pass shares.
+
+    The kernels read ``lengths`` and the rotary tables; what only the PyTorch path needs is made
+    on first use, once per pass.
 
     Attributes:
-        cos, sin: ``[B, Q, 1, dh]`` rotary tables of the new tokens.
-        rows: int64 ``[B, 1]``, 0 … B - 1.
-        slots: int64 ``[B, Q]``: where in its row each new token is cached.
-        visible: bool ``[B, 1, G·Q, L]``: what a query may see of its row; the G query heads of
-            a KV head come first, then the Q tokens.
+        lengths: int64 ``[B]`` on the device: tokens cached so far.
+        queries: new tokens per row, Q.
+        max_length: host-side bound on ``lengths + queries``, the part of the cache that is read.
+        cos_table, sin_table: float32 ``[P, dh / 2]`` with P ≥ max_length, from ``rope_table``.
+        shape: sizes of the layers.
+        dtype: of the hidden states.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-    rows: torch.Tensor
-    slots: torch.Tensor
-    visible: torch.Tensor
+    lengths: torch.Tensor
+    queries: int
+    max_length: int
+    cos_table: torch.Tensor
+    sin_table: torch.Tensor
+    shape: LayerShape
+    dtype: torch.dtype
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """Int64 ``[B, Q]``: where in its row each new token is cached; also its position."""
+        return self.lengths[:, None] + torch.arange(self.queries, device=self.lengths.device)
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """Int64 ``[B, 1]``, 0 … B - 1."""
+        return torch.arange(self.lengths.shape[0], device=self.lengths.device)[:, None]
+
+    @cached_property
+    def cos(self) -> torch.Tensor:
+        """``[B, Q, 1, dh]`` in ``dtype``."""
+        return _whole_heads(self.cos_table[self.slots], self.dtype)
+
+    @cached_property
+    def sin(self) -> torch.Tensor:
+        """``[B, Q, 1, dh]`` in ``dtype``."""
+        return _whole_heads(self.sin_table[self.slots], self.dtype)
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """Bool ``[B, 1, G·Q, L]``: what a query may see of its row.
+
+        The G query heads of a KV head come first, then the Q tokens.
+        """
+        group = self.shape.num_heads // self.shape.num_kv_heads
+        seen = torch.arange(self.max_length, device=self.lengths.device) <= self.slots[..., None]
+        batch = self.lengths.shape[0]
+        packed = seen[:, None].expand(batch, group, self.queries, self.max_length)
+        return packed.reshape(batch, 1, group * self.queries, self.max_length)
+
+
+def _whole_heads(half: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([half, half], dim=-1).to(dtype)[:, :, None]
 
 
 def decode_step(
     lengths: torch.Tensor,
     queries: int,
     max_length: int,
+    rope: tuple[torch.Tensor, torch.Tensor],
     shape: LayerShape,
-    inv_freq: torch.Tensor,
     dtype: torch.dtype,
 ) -> DecodeStep:
-    """Tables for ``queries`` new tokens per row at positions ``lengths …`` (int64 ``[B]``).
+    """A pass of ``queries`` new tokens per row at positions ``lengths …``; see ``DecodeStep``.
 
-    ``max_length`` is a host-side bound on ``lengths + queries``, the part of the cache that is
-    read; nothing here reads a device value on the host.
+    Nothing here reads a device value on the host.
+
+    Args:
+        lengths: int64 ``[B]``.
+        queries, max_length, shape, dtype: as in ``DecodeStep``.
+        rope: the tables of ``rope_table``.
+
+    Raises:
+        ValueError: the tables are shorter than ``max_length`` or of another head size.
     """
-    device, batch = lengths.device, lengths.shape[0]
-    slots = lengths[:, None] + torch.arange(queries, device=device)
-    cos, sin = rope_cos_sin(slots, inv_freq, dtype)
-    seen = torch.arange(max_length, device=device) <= slots[..., None]
-    group = shape.num_heads // shape.num_kv_heads
-    visible = seen[:, None].expand(batch, group, queries, max_length)
-    return DecodeStep(
-        cos[:, :, None],
-        sin[:, :, None],
-        torch.arange(batch, device=device)[:, None],
-        slots,
-        visible.reshape(batch, 1, group * queries, max_length),
-    )
+    cos, sin = rope
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape[0] < max_length or table.shape[1] * 2 != shape.head_dim:
+            raise ValueError(
+                f"rotary {name} table is {tuple(table.shape)}; {max_length} positions of head size "
+                f"{shape.head_dim} need at least ({max_length}, {shape.head_dim // 2})"
+            )
+    return DecodeStep(lengths, queries, max_length, cos, sin, shape, dtype)
 
 
 def ragged_attention(
@@ -133,6 +186,33 @@ def ragged_attention(
     return out.reshape(batch, queries, heads, dim)
 
 
+def attend_cache_reference(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of a few queries per row over any rows of the arena.
+
+    Args:
+        q: ``[R, Q, H, dh]`` rotated queries.
+        keys, values: ``[S, Hkv, C, dh]``; what is not visible must still be finite.
+        slots: int64 ``[R]``: whose cache each row reads.
+        lengths: int64 ``[R]``: tokens that the first query sees; query i sees i more.
+
+    Returns:
+        ``[R, Q, H, dh]``.
+    """
+    rows, queries, heads, _ = q.shape
+    group = heads // keys.shape[1]
+    seen = lengths[:, None] + torch.arange(queries, device=q.device)
+    visible = torch.arange(keys.shape[2], device=q.device) < seen[..., None]
+    packed = visible[:, None].expand(rows, group, queries, keys.shape[2])
+    mask = packed.reshape(rows, 1, group * queries, keys.shape[2])
+    return ragged_attention(q, keys[slots], values[slots], mask)
+
+
 def decode_layer_reference(
     hidden: torch.Tensor,
     step: DecodeStep,
@@ -147,7 +227,7 @@ def decode_layer_reference(
         hidden: ``[B, Q, D]``.
         step: shared tables of this pass, from ``decode_step``.
         keys, values: ``[B, Hkv, C, dh]`` this layer's cache, written in place at
-            ``step.slots``.
+            ``step.slots``; row r is slot r.
         weights, shape: the layer.
 
     Returns:

@@ -1,0 +1,272 @@
+"""The Triton decode kernels in the interpreter against the PyTorch definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ume_kernels import LayerShape, attend_cache, decode_layer, decode_step, rope_table, tuning
+from ume_kernels.decode import DecoderLayerWeights, attend_cache_reference
+from ume_kernels.decode import decode_layer_reference as reference
+from ume_kernels.decode.workspace import ArrivalCounters, arrival_counters, own_counters
+from ume_kernels.dispatch import BackendError
+
+pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="run without a GPU, or with TRITON_INTERPRET=1"
+)
+pytestmark = interpreted
+
+
+def make_layer(
+    width: int, shape: LayerShape, inner: int, dtype: torch.dtype, bias: bool = True
+) -> DecoderLayerWeights:
+    def draw(*size: int) -> torch.Tensor:
+        return (torch.randn(*size) / size[-1] ** 0.5).to(dtype)
+
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    return DecoderLayerWeights(
+        input_norm=1 + 0.3 * torch.randn(width).to(dtype),
+        q_weight=draw(q, width),
+        q_bias=draw(q) if bias else None,
+        k_weight=draw(kv, width),
+        k_bias=draw(kv) if bias else None,
+        v_weight=draw(kv, width),
+        v_bias=draw(kv) if bias else None,
+        o_weight=draw(width, q),
+        post_norm=1 + 0.3 * torch.randn(width).to(dtype),
+        gate_weight=draw(inner, width),
+        up_weight=draw(inner, width),
+        down_weight=draw(width, inner),
+    )
+
+
+def to_float(w: DecoderLayerWeights) -> DecoderLayerWeights:
+    fields = {f.name: getattr(w, f.name) for f in dataclasses.fields(w)}
+    return DecoderLayerWeights(**{k: None if v is None else v.float() for k, v in fields.items()})
+
+
+def tables(shape: LayerShape, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    exponent = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
+    return rope_table(positions, 1e4**-exponent)
+
+
+def run_both(lengths, queries, shape, width, inner, dtype=torch.float32, bias=True, capacity=None):
+    """(Triton, reference in float32, reference in dtype): outputs and arenas."""
+    weights = make_layer(width, shape, inner, dtype, bias)
+    longest = max(lengths) + queries
+    capacity = capacity or longest + 5
+    hidden = torch.randn(len(lengths), queries, width).to(dtype)
+    arena = torch.randn(2, len(lengths), shape.num_kv_heads, capacity, shape.head_dim).to(dtype)
+    rope = tables(shape, capacity)
+    out = []
+    for kind in ("triton", "float32", "eager"):
+        kv = arena.float() if kind == "float32" else arena.clone()
+        x = hidden.float() if kind == "float32" else hidden
+        w = to_float(weights) if kind == "float32" else weights
+        step = decode_step(torch.tensor(lengths), queries, longest, rope, shape, x.dtype)
+        if kind == "triton":
+            for row, length in enumerate(lengths):
+                kv[:, row, :, length:] = float("nan")  # must never be read
+            y = decode_layer(x, step, kv[0], kv[1], w, shape, backend="triton")
+            for row, length in enumerate(lengths):
+                assert kv[:, row, :, length + queries :].isnan().all()
+                kv[:, row, :, length + queries :] = arena[:, row, :, length + queries :]
+        else:
+            y = reference(x, step, kv[0], kv[1], w, shape)
+        out.append((y, kv))
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 150), min_size=1, max_size=5),
+    queries=st.integers(1, 8),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1), (7, 1), (3, 3)]),
+    head_dim=st.sampled_from([16, 64, 80, 96, 128]),
+    width=st.sampled_from([32, 48, 80]),
+    inner=st.sampled_from([16, 40, 96]),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_layer_equals_the_reference(lengths, queries, heads, head_dim, width, inner, bias, seed):
+    torch.manual_seed(seed)
+    shape = LayerShape(*heads, head_dim, 1e-6)
+    (got, arena), (expected, expected_arena), _ = run_both(
+        lengths, queries, shape, width, inner, bias=bias
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(arena, expected_arena, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9, 30, 50])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_half_precision_stays_within_twice_the_eager_error(batch, queries):
+    """Every tuned form: one row, one, two and four row blocks, and cuBLAS."""
+    torch.manual_seed(batch)
+    shape = LayerShape(4, 2, 16, 1e-6)
+    lengths = torch.randint(0, 70, (batch,)).tolist()
+    (got, arena), (truth, truth_arena), (eager, eager_arena) = run_both(
+        lengths, queries, shape, 96, 160, torch.float16
+    )
+    for fast, exact, half in ((got, truth, eager), (arena, truth_arena, eager_arena)):
+        error = (half.float() - exact).abs().max()
+        assert 0 < error < 0.05
+        assert (fast.float() - exact).abs().max() <= 2 * error
+
+
+def test_float16_does_not_overflow_before_the_norm_scales():
+    shape = LayerShape(2, 1, 16, 1e-6)
+    weights = make_layer(32, shape, 48, torch.float16)
+    weights = dataclasses.replace(weights, input_norm=torch.full((32,), 8.0, dtype=torch.float16))
+    hidden = torch.full((1, 1, 32), 3e4, dtype=torch.float16)
+    rope = tables(shape, 8)
+    kv = torch.zeros(2, 1, 1, 8, 16, dtype=torch.float16)
+    step = decode_step(torch.tensor([0]), 1, 1, rope, shape, torch.float16)
+    decode_layer(hidden, step, kv[0], kv[1], weights, shape, backend="triton")
+    expected = torch.zeros_like(kv)
+    reference(hidden, step, expected[0], expected[1], weights, shape)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(kv, expected, rtol=2e-2, atol=2e-2)
+
+
+def shipped_tiles() -> list[tuple[str, int]]:
+    """(kernel, rows) that reach every shipped entry with a Triton form."""
+    out = []
+    for file, kernel, entry in tuning.shipped("decode"):
+        if file == "default" and not kernel.startswith("attend") and entry["gemm"] == "triton":
+            out.append((kernel, entry["max_rows"]))
+    return out
+
+
+def test_every_shipped_row_class_is_exercised():
+    """The batches of the half-precision test cover the row classes of the default table."""
+    reached = {batch * queries for batch in (1, 3, 9, 30, 50) for queries in (1, 5)}
+    limits = sorted({rows for _, rows in shipped_tiles()})
+    assert limits
+    for low, high in zip([0, *limits], limits, strict=False):
+        assert any(low < rows <= high for rows in reached), (low, high)
+    assert any(rows > limits[-1] for rows in reached)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    queries=st.integers(1, 3),
+    group=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_attend_cache_reads_the_named_slots(lengths, queries, group, seed):
+    torch.manual_seed(seed)
+    rows, kv_heads, dim, slots = len(lengths), 2, 16, 5
+    q = torch.randn(rows, queries, kv_heads * group, dim)
+    arena = torch.randn(2, slots, kv_heads, max(lengths) + queries + 2, dim)
+    which = torch.randint(0, slots, (rows,))
+    counts = torch.tensor(lengths)
+    got = attend_cache(q, arena[0], arena[1], which, counts, backend="triton")
+    expected = attend_cache(q, arena[0], arena[1], which, counts, backend="torch")
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    for r in range(rows):
+        for i in range(queries):
+            for h in range(kv_heads * group):
+                seen = lengths[r] + i
+                k, v = arena[:, which[r], h // group, :seen]
+                p = torch.softmax(k @ q[r, i, h] / dim**0.5, dim=0)
+                torch.testing.assert_close(got[r, i, h], p @ v, rtol=1e-4, atol=1e-5)
+
+
+def test_a_length_beyond_the_arena_writes_nothing():
+    """The bound is the caller's; a wrong device length must not reach another row's memory."""
+    shape = LayerShape(2, 1, 16, 1e-6)
+    weights = make_layer(32, shape, 48, torch.float32)
+    kv = torch.zeros(2, 2, 1, 4, 16)
+    step = decode_step(torch.tensor([9, 1]), 1, 4, tables(shape, 16), shape, torch.float32)
+    decode_layer(torch.randn(2, 1, 32), step, kv[0], kv[1], weights, shape, backend="triton")
+    assert (kv[:, 0] == 0).all()
+    assert (kv[:, 1, :, 1] != 0).any()
+    assert (kv[:, 1, :, [0, 2, 3]] == 0).all()
+
+
+def test_what_the_kernels_cannot_do_is_named():
+    shape = LayerShape(2, 1, 16, 1e-6)
+    weights = make_layer(32, shape, 48, torch.float32)
+    kv = torch.zeros(2, 1, 1, 16, 16)
+    rope = tables(shape, 16)
+
+    def call(hidden, w=weights, cache=kv, queries=1):
+        step = decode_step(torch.tensor([0]), queries, 12, rope, shape, hidden.dtype)
+        decode_layer(hidden, step, cache[0], cache[1], w, shape, backend="triton")
+
+    half = {f.name: getattr(weights, f.name).bfloat16() for f in dataclasses.fields(weights)}
+    with pytest.raises(BackendError, match="bfloat16"):
+        call(
+            torch.zeros(1, 1, 32, dtype=torch.bfloat16), DecoderLayerWeights(**half), kv.bfloat16()
+        )
+    with pytest.raises(BackendError, match="differ in dtype"):
+        call(torch.zeros(1, 1, 32, dtype=torch.float16))
+    with pytest.raises(BackendError, match="more than 8 new tokens"):
+        call(torch.zeros(1, 9, 32), queries=9)
+    with pytest.raises(BackendError, match="weights must be contiguous"):
+        call(torch.zeros(1, 1, 32), dataclasses.replace(weights, o_weight=torch.zeros(32, 32).t()))
+    with pytest.raises(BackendError, match="tokens one after another"):
+        call(torch.zeros(1, 1, 32), cache=torch.zeros(2, 1, 1, 16, 32)[..., ::2])
+    with pytest.raises(BackendError, match="no backward"):
+        call(torch.zeros(1, 1, 32, requires_grad=True))
+    with pytest.raises(ValueError, match="rotary cos table"):
+        decode_step(torch.tensor([0]), 1, 17, rope, shape, torch.float32)
+    with pytest.raises(ValueError, match="q_weight is"):
+        call(torch.zeros(1, 1, 40))
+    with pytest.raises(ValueError, match="lengths must be"):
+        attend_cache(torch.zeros(1, 1, 2, 16), kv[0], kv[1], torch.zeros(1).long(), torch.ones(2))
+
+
+def test_operators_are_well_formed():
+    """Schema, fake implementation and mutation as torch.library expects them."""
+    shape = LayerShape(2, 1, 16, 1e-6)
+    w = make_layer(32, shape, 48, torch.float32)
+    kv = torch.zeros(2, 1, 1, 16, 16)
+    cos, sin = tables(shape, 16)
+    flat = [getattr(w, f.name) for f in dataclasses.fields(w)]
+    arguments = (torch.randn(1, 1, 32), torch.tensor([3]), cos, sin, kv[0], kv[1], *flat)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.ume.decode_layer.default, (*arguments, 2, 1, 16, 1e-6, 8), test_utils=checks
+    )
+    q = torch.randn(1, 1, 2, 16)
+    torch.library.opcheck(
+        torch.ops.ume.attend_cache.default,
+        (q, kv[0], kv[1], torch.tensor([0]), torch.tensor([4])),
+        test_utils=checks,
+    )
+    got = torch.ops.ume.attend_cache(q, kv[0], kv[1], torch.tensor([0]), torch.tensor([4]))
+    expected = attend_cache_reference(q, kv[0], kv[1], torch.tensor([0]), torch.tensor([4]))
+    torch.testing.assert_close(got, expected)
+
+
+def test_tuning_table_is_plain_json():
+    path = Path(tuning.__file__).parent / "decode" / "tuning" / "default.json"
+    table = json.loads(path.read_text())
+    assert set(table["kernels"]) == {"qkv", "o", "gate_up", "down", "attend", "attend_fp32"}
+    assert table["measured"] is False
+
+
+def test_counters_belong_to_a_stream_or_to_an_owner():
+    cpu = torch.device("cpu")
+    mine = ArrivalCounters()
+    default = arrival_counters(cpu, 10)
+    assert arrival_counters(cpu, 20) is default
+    with own_counters(mine):
+        owned = arrival_counters(cpu, 10)
+        assert owned is not default
+        larger = arrival_counters(cpu, owned.numel() + 1)
+        assert larger is not owned and larger.count_nonzero() == 0
+        # what a captured launch points at stays alive
+        assert any(held is owned for held in mine._buffers)
+        assert arrival_counters(cpu, 10) is larger
+    assert arrival_counters(cpu, 10) is default
