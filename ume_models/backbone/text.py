@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ume_kernels.decode import DecoderLayerWeights, LayerShape, decode_layer, decode_step
-from ume_kernels.decode.reference import apply_rope, project_qkv, rms_norm
+from ume_kernels.decode import (
+    DecoderLayerWeights,
+    LayerShape,
+    decode_layer,
+    decode_step,
+    rope_table,
+)
+from ume_kernels.decode.reference import project_qkv
 from ume_kernels.linear import linear
+from ume_kernels.prefill import rms_norm, silu_mul_
 from ume_models.backbone.config import BackboneConfig
 from ume_models.backbone.mrope import mrope_cos_sin
+from ume_models.backbone.packed_attention import Span, choose_attention, to_device
+
+__all__ = ["RopeTable", "Span", "TextModel"]
+
+RopeTable = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines ``[P, dh / 2]`` of positions 0 … P - 1, float32."""
 
 
 class RMSNorm(nn.Module):
-    """Holds a norm weight; applied by ``ume_kernels.decode.reference.rms_norm``."""
+    """Holds a norm weight; applied by ``ume_kernels.prefill.rms_norm``."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -77,23 +87,6 @@ class DecoderLayer(nn.Module):
         )
 
 
-@dataclass(frozen=True)
-class Span:
-    """New tokens of one row inside a packed prefill.
-
-    Attributes:
-        slot: arena slot of the row.
-        cached: tokens of the row that the arena holds already (a shared header).
-        start: first packed index.
-        count: number of new tokens.
-    """
-
-    slot: int
-    cached: int
-    start: int
-    count: int
-
-
 class TextModel(nn.Module):
     """Embedding, decoder layers and final norm.
 
@@ -120,6 +113,10 @@ class TextModel(nn.Module):
         device = self.norm.weight.device
         exponent = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
         return 1.0 / (self.config.rope_theta**exponent)
+
+    def rope_table(self, positions: int) -> RopeTable:
+        """Rotary tables of the decode for positions below ``positions``, each axis alike."""
+        return rope_table(positions, self.inv_freq())
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """RMSNorm after the last layer."""
@@ -151,31 +148,17 @@ class TextModel(nn.Module):
         cos, sin = mrope_cos_sin(
             positions, self.inv_freq(), self.config.mrope_section, embeds.dtype
         )
-        cos, sin = cos[:, None], sin[:, None]
+        attention = choose_attention(spans, wanted, cos, sin)
         hidden = embeds
-        queries = _all_queries(spans, embeds.device)
         last = len(self.layers) - 1
         gate, up = embeds.new_empty(2, embeds.shape[0], self.config.intermediate_size).unbind(0)
-        picked = torch.tensor(list(wanted), device=embeds.device)
+        picked = to_device(wanted, embeds.device, torch.int64)
         for number, w in enumerate(self.layer_weights()):
             normed = rms_norm(hidden, w.input_norm, self.shape.rms_eps)
             q, k, v = project_qkv(normed, w, self.shape)
-            k = apply_rope(k, cos, sin)
-            keys, values = cache[number, 0], cache[number, 1]
-            for span in spans:
-                new = slice(span.start, span.start + span.count)
-                into = slice(span.cached, span.cached + span.count)
-                keys[span.slot, :, into] = k[new].transpose(0, 1)
-                values[span.slot, :, into] = v[new].transpose(0, 1)
+            mixed = attention(q, k, v, cache[number, 0], cache[number, 1], number == last)
             if number == last:
-                q, hidden = q[picked], hidden[picked]
-                q = apply_rope(q, cos[picked], sin[picked])
-                queries = _wanted_queries(spans, wanted, embeds.device)
-            else:
-                q = apply_rope(q, cos, sin)
-            mixed = torch.empty_like(q)
-            for slot, end, rows, mask in queries:
-                mixed[rows] = _attend(q[rows], keys[slot, :, :end], values[slot, :, :end], mask)
+                hidden = hidden[picked]
             hidden = hidden + linear(mixed.flatten(1), w.o_weight)
             hidden = _mlp(hidden, w, self.shape, gate[: len(hidden)], up[: len(hidden)])
         return self.final_norm(hidden)
@@ -187,7 +170,7 @@ class TextModel(nn.Module):
         cache: torch.Tensor,
         max_length: int,
         layers: Sequence[DecoderLayerWeights],
-        inv_freq: torch.Tensor,
+        rope: RopeTable,
     ) -> torch.Tensor:
         """Run ``Q`` new tokens per row whose positions equal the row's KV length.
 
@@ -196,13 +179,14 @@ class TextModel(nn.Module):
             lengths: int64 ``[B]`` on the device: tokens cached so far; not changed.
             cache: rows are slots ``0 … B - 1``; written in place.
             max_length: host-side bound on ``lengths + Q``.
-            layers, inv_freq: ``layer_weights()`` and ``inv_freq()``, fetched once per rollout.
+            layers, rope: ``layer_weights()`` and ``rope_table(P)`` with P ≥ max_length, fetched
+                once per rollout.
 
         Returns:
             ``[B, Q, D]`` after the final norm.
         """
         batch, queries, _ = embeds.shape
-        step = decode_step(lengths, queries, max_length, self.shape, inv_freq, embeds.dtype)
+        step = decode_step(lengths, queries, max_length, rope, self.shape, embeds.dtype)
         hidden = embeds
         for number, w in enumerate(layers):
             keys, values = cache[number, 0, :batch], cache[number, 1, :batch]
@@ -225,74 +209,5 @@ def _mlp(
     m = rms_norm(hidden, w.post_norm, shape.rms_eps)
     torch.mm(m, w.gate_weight.t(), out=gate)
     torch.mm(m, w.up_weight.t(), out=up)
-    F.silu(gate, inplace=True).mul_(up)
+    silu_mul_(gate, up)
     return hidden + torch.mm(gate, w.down_weight.t())
-
-
-class _Queries(NamedTuple):
-    """Tokens of one row that attend: its slot, its KV length, their packed slice, their mask.
-
-    The mask is ``[n, length]`` bool, or None for plain causal attention of the whole row.
-    """
-
-    slot: int
-    length: int
-    rows: slice
-    mask: torch.Tensor | None
-
-
-def _causal_mask(positions: torch.Tensor, length: int) -> torch.Tensor:
-    return torch.arange(length, device=positions.device) <= positions[:, None]
-
-
-def _all_queries(spans: Sequence[Span], device: torch.device) -> list[_Queries]:
-    """Every new token of every row; rows behind a cached header need an offset mask."""
-    out = []
-    for span in spans:
-        end = span.cached + span.count
-        mask = None
-        if span.cached:
-            mask = _causal_mask(torch.arange(span.cached, end, device=device), end)
-        out.append(_Queries(span.slot, end, slice(span.start, span.start + span.count), mask))
-    return out
-
-
-def _wanted_queries(
-    spans: Sequence[Span], wanted: Sequence[int], device: torch.device
-) -> list[_Queries]:
-    """Only the ``wanted`` packed indices; the slices index into ``wanted``."""
-    out = []
-    at = 0
-    for span in spans:
-        first = at
-        while at < len(wanted) and wanted[at] < span.start + span.count:
-            at += 1
-        if at > first:
-            end = span.cached + span.count
-            positions = torch.tensor(wanted[first:at], device=device) - span.start + span.cached
-            mask = _causal_mask(positions, end)
-            out.append(_Queries(span.slot, end, slice(first, at), mask))
-    return out
-
-
-# Above this many keys, expanding KV heads once is cheaper than letting attention repeat them.
-_EXPAND_FROM = 1024
-
-
-def _attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Attention of one row: q ``[n, H, dh]`` over ``[Hkv, L, dh]``; causal where mask is None."""
-    group = q.shape[1] // keys.shape[0]
-    if keys.shape[1] >= _EXPAND_FROM:
-        keys = keys.repeat_interleave(group, dim=0)
-        values = values.repeat_interleave(group, dim=0)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        keys[None],
-        values[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=keys.shape[0] != q.shape[1],
-    )
-    return out[0].transpose(0, 1)

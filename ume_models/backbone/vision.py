@@ -9,13 +9,16 @@ stride equal to its kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ume_kernels.decode.reference import rms_norm
+from ume_kernels.prefill import rms_norm
 from ume_models.backbone.config import VisionConfig
+from ume_models.backbone.packed_attention import attend_packed, to_device, variable_length
 
 Grid = tuple[int, int, int]
 
@@ -54,6 +57,19 @@ class Norm(nn.Module):
         return rms_norm(x, self.weight, 1e-6)
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Parts of a packed sequence that attend within themselves.
+
+    Attributes:
+        lengths: patches of each part, in order.
+        starts: int32 ``[parts + 1]`` on the device where variable-length attention runs, else None.
+    """
+
+    lengths: Sequence[int]
+    starts: torch.Tensor | None = None
+
+
 class VisionAttention(nn.Module):
     """Self-attention inside segments of a packed sequence, 2-D rotary positions."""
 
@@ -64,13 +80,17 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, segments: Sequence[int]
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
         """``x`` ``[P, E]``; ``cos``/``sin`` ``[P, 1, dh]`` float32; ``segments`` add up to P."""
         q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if segments.starts is not None:
+            starts, longest = segments.starts, max(segments.lengths)
+            mixed = attend_packed(q, k, v, starts, starts, longest, longest, causal=False)
+            return self.proj(mixed.flatten(1))
         out = torch.empty_like(q)
-        for at, length, count in _equal_runs(segments):
+        for at, length, count in _equal_runs(segments.lengths):
             rows = slice(at, at + length * count)
             shape = (count, length, *q.shape[1:])
             out[rows] = (
@@ -155,7 +175,7 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(config, gated)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, segments: Sequence[int]
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
         """``[P, E] -> [P, E]``."""
         x = x + self.attn(self.norm1(x), cos, sin, segments)
@@ -207,14 +227,15 @@ class VisionModel(nn.Module):
             raise ValueError(f"grids describe {total} patches, but {patches.shape[0]} were given")
         config = self.config
         device = patches.device
-        angles = _rope_angles(grids, config).to(device)
-        slices = [h * w for t, h, w in grids for _ in range(t)]
+        angles = _rope_angles(grids, config).to(device, non_blocking=True)
+        slices = self._segments([h * w for t, h, w in grids for _ in range(t)], patches)
         x = self.patch_embed(patches)
         order, windows = None, slices
         if config.window_size is not None:
-            order, windows = _window_order(grids, config)
+            order, sizes = _window_order(grids, config)
+            windows = self._segments(sizes, patches)
             unit = config.merge_size**2
-            order = order.to(device)
+            order = order.to(device, non_blocking=True)
             x = x.view(-1, unit, x.shape[-1])[order].flatten(0, 1)
             angles = angles.view(-1, unit, angles.shape[-1])[order].flatten(0, 1)
         full = torch.cat([angles, angles], dim=-1)[:, None]
@@ -224,6 +245,13 @@ class VisionModel(nn.Module):
             x = block(x, cos, sin, windows if windowed else slices)
         x = self.merger(x)
         return x if order is None else x[torch.argsort(order)]
+
+    def _segments(self, lengths: Sequence[int], patches: torch.Tensor) -> Segments:
+        head_dim = self.config.embed_dim // self.config.num_heads
+        if not variable_length(patches.device, patches.dtype, head_dim):
+            return Segments(lengths)
+        starts = to_device([0, *accumulate(lengths)], patches.device, torch.int32)
+        return Segments(lengths, starts)
 
 
 def _rope_angles(grids: Sequence[Grid], config: VisionConfig) -> torch.Tensor:

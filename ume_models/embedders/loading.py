@@ -93,7 +93,10 @@ def load(
             f"{directory}: a file of the checkpoint has unexpected content "
             f"({type(error).__name__}: {error}); compare its JSON files with the original's"
         ) from error
-    return model.to(device=target).eval().requires_grad_(False)
+    model = model.to(device=target).eval().requires_grad_(False)
+    if model.latent_moe_transition is not None:
+        model.latent_moe_transition.pack_experts()
+    return model
 
 
 def _load(

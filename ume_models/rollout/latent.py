@@ -12,19 +12,27 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ume_kernels import MoETransition
+from ume_kernels import Backend, DecoderLayerWeights, MoETransition, moe_transition
+from ume_kernels.dispatch import select
 from ume_models.backbone.config import BackboneConfig
-from ume_models.backbone.text import Span, TextModel
+from ume_models.backbone.packed_attention import Span, to_device
+from ume_models.backbone.text import RopeTable, TextModel
 from ume_models.backbone.vision import VisionModel
 from ume_models.errors import CapacityError
 from ume_models.rollout.arena import KVArena
+from ume_models.rollout.buckets import capacity_bucket
+from ume_models.rollout.graphs import GraphPool
 from ume_models.rollout.headers import Header, HeaderCache
+from ume_models.rollout.loop import LatentLoop, Transition
 from ume_models.rollout.sequence import Sequence, Visual
 
 # Patches per call of the vision tower. A thousand rows keep a CPU's matrix units busy; a GPU
@@ -68,7 +76,13 @@ class LatentPlan:
 
 
 class LatentRollout:
-    """Runs batches of unpadded sequences through backbone and adapter."""
+    """Runs batches of unpadded sequences through backbone and adapter.
+
+    Args:
+        config, text, visual, adapter: the model.
+        graphs: recordings of the loop after the prefill; the default records CUDA graphs where
+            there is a CUDA device.
+    """
 
     def __init__(
         self,
@@ -76,6 +90,7 @@ class LatentRollout:
         text: TextModel,
         visual: VisionModel,
         adapter: MoETransition | None,
+        graphs: GraphPool | None = None,
     ) -> None:
         self.config = config
         self.text = text
@@ -83,17 +98,24 @@ class LatentRollout:
         self.adapter = adapter
         weight = text.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.arena = KVArena(config, self.dtype, self.device)
+        self.graphs = GraphPool.for_device(self.device) if graphs is None else graphs
+        bucketed = self.graphs.enabled or self.device.type == "cuda"
+        self.arena = KVArena(config, self.dtype, self.device, bucketed, self.graphs.clear)
         self.headers = HeaderCache()
         # One arena serves one batch at a time; calls from other threads wait.
         self._lock = threading.Lock()
+        self._done: torch.cuda.Event | None = None
+        self._rope: RopeTable | None = None
+        self._suffixes: dict[tuple[int, ...], torch.Tensor] = {}
+        self._masks: dict[tuple[int, ...], torch.Tensor | None] = {}
 
     def hidden_at(self, batch: Seq[Sequence], tokens: Seq[int]) -> torch.Tensor:
         """Single pass: hidden state ``[B, D]`` of one token per sequence (by its index)."""
-        with self._lock:
+        with self._exclusive():
             self._check_capacity(max(len(s) for s in batch), 0)
             headers = self._headers(batch, reach=tokens)
-            cache = self.arena.begin([len(s) for s in batch], 0)
+            finite = self._reads_unused(self.text.layer_weights()[0], 1)
+            cache = self.arena.begin([len(s) for s in batch], 0, finite)
             return self._prefill(batch, headers, cache, [[t] for t in tokens])
 
     def run(
@@ -105,28 +127,52 @@ class LatentRollout:
             Hidden states ``[B, D]`` at the last suffix token (after the final norm, not yet
             normalised to unit length) and, if asked for, the trace.
         """
-        with self._lock:
+        with self._exclusive():
             return self._run(batch, plan, trace)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One batch at a time: on the host by a lock, on the device by an event.
+
+        Callers may be on different streams, and the arena is written by all of them.
+        """
+        with self._lock:
+            if self.device.type != "cuda":
+                yield
+                return
+            stream = torch.cuda.current_stream(self.device)
+            if self._done is None:
+                self._done = torch.cuda.Event()
+            else:
+                stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                self._done.record(stream)
 
     def _run(
         self, batch: Seq[Sequence], plan: LatentPlan, trace: bool
     ) -> tuple[torch.Tensor, RolloutTrace | None]:
         lengths = [len(s) for s in batch]
-        self._check_capacity(max(lengths), plan.steps + len(plan.suffix_ids))
+        extra = plan.steps + len(plan.suffix_ids)
+        self._check_capacity(max(lengths), extra)
         anchors = [last_index(s, plan.anchor_id) for s in batch]
         headers = self._headers(batch, reach=anchors)
-        cache = self.arena.begin(lengths, plan.steps + len(plan.suffix_ids))
+        layers = self.text.layer_weights()
+        finite = self._reads_unused(layers[0], len(plan.suffix_ids) + min(plan.steps, 1))
+        cache = self.arena.begin(lengths, extra, finite)
         read = [sorted({a, n - 1}) for a, n in zip(anchors, lengths, strict=True)]
-        states = self._prefill(batch, headers, cache, read)
         first, final, at = [], [], 0
         for indices in read:
             first.append(at)
             at += len(indices)
             final.append(at - 1)
-        anchor, z = states[first], states[final]
+        picks = to_device([first, final], self.device, torch.int64)
+        states = self._prefill(batch, headers, cache, read)
+        anchor, z = states[picks[0]], states[picks[1]]
         context = {"disc": anchor, "prefix_last": z, "none": None}[plan.context]
-        hidden, latents = self._roll(z, context, lengths, cache, plan, trace)
-        if not trace:
+        hidden, latents = self._roll(z, context, lengths, cache, plan, layers, trace)
+        if latents is None:
             return hidden, None
         return hidden, RolloutTrace(
             latents.float().cpu(), anchor.float().cpu(), hidden.float().cpu()
@@ -139,39 +185,87 @@ class LatentRollout:
         prompt_lengths: Seq[int],
         cache: torch.Tensor,
         plan: LatentPlan,
+        layers: Seq[DecoderLayerWeights],
         trace: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loop after the prefill; nothing in it reads a device value on the host."""
-        batch = z.shape[0]
-        layers, inv_freq = self.text.layer_weights(), self.text.inv_freq()
-        lengths = torch.tensor(prompt_lengths, device=self.device)
-        longest = max(prompt_lengths)
-        latents: list[torch.Tensor] = []
-        for step in range(plan.steps - 1):
-            embeds = self._transition(z, context, step, plan.excluded)[:, None]
-            longest += 1
-            z = self.text.decode(embeds, lengths, cache, longest, layers, inv_freq)[:, 0]
-            lengths = lengths + 1
-            if trace:
-                latents.append(z)
-        suffix = torch.tensor(plan.suffix_ids, device=self.device)
-        chunk = F.embedding(suffix, self.text.embed_tokens.weight).expand(batch, -1, -1)
-        if plan.steps:
-            last = self._transition(z, context, plan.steps - 1, plan.excluded)[:, None]
-            chunk = torch.cat([last, chunk], dim=1)
-        longest += chunk.shape[1]
-        out = self.text.decode(chunk, lengths, cache, longest, layers, inv_freq)
-        if trace and plan.steps:
-            latents.append(out[:, 0])
-        stacked = torch.stack(latents, 1) if latents else z.new_zeros(batch, 0, z.shape[1])
-        return out[:, -1], stacked
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loop after the prefill, replayed where graphs are."""
+        batch, rows, capacity = len(prompt_lengths), cache.shape[2], cache.shape[4]
+        suffix = self._suffix(plan.suffix_ids)
+        mask = self._mask(plan.excluded)
+        rope = self._rope_table(capacity)
+        transition = self._transition(mask, plan.excluded)
+        loop = LatentLoop(self.text, layers, rope, transition, suffix, plan.steps)
+        found: tuple[torch.Tensor, ...] | None = None
+        if self.graphs.enabled and not self._draws_dropout():
+            inputs = {"z": z}
+            if context is not None:
+                inputs["context"] = context
+            inputs["lengths"] = to_device(prompt_lengths, self.device, torch.int64)
+            shapes = [(rows, z.shape[1])] + [(rows, plan.steps, z.shape[1])] * trace
+            found = self.graphs.run(
+                key=(
+                    rows, capacity, plan.steps, plan.suffix_ids, context is not None,
+                    plan.excluded, trace,
+                ),
+                identity=(self.arena.address, self._weights_identity(layers)),
+                inputs=inputs,
+                rows=rows,
+                shapes=shapes,
+                body=lambda static: loop.run(
+                    static["z"], static.get("context"), static["lengths"], cache,
+                    [capacity] * len(loop.grows), trace,
+                ),
+                keep=(rope, suffix, mask),
+            )  # fmt: skip
+        if found is None:
+            lengths = to_device(prompt_lengths, self.device, torch.int64)
+            bounds = [max(prompt_lengths) + grown for grown in loop.grows]
+            found = loop.run(z, context, lengths, cache, bounds, trace)
+        return found[0][:batch], found[1][:batch] if trace else None
 
-    def _transition(
-        self, z: torch.Tensor, context: torch.Tensor | None, step: int, excluded: tuple[int, ...]
-    ) -> torch.Tensor:
-        if self.adapter is None:
-            return z
-        return self.adapter(z, step, context, excluded=excluded)[0]
+    def _transition(self, mask: torch.Tensor | None, excluded: tuple[int, ...]) -> Transition:
+        adapter = self.adapter
+        if adapter is None:
+            return lambda z, context, step: z
+        if self._draws_dropout():
+            return lambda z, context, step: adapter(z, step, context, excluded=excluded)[0]
+        weights, top_k = adapter.weights(), adapter.top_k
+        return lambda z, context, step: moe_transition(z, context, step, weights, top_k, mask)[0]
+
+    def _draws_dropout(self) -> bool:
+        return self.adapter is not None and self.adapter.training and self.adapter.dropout > 0
+
+    def _mask(self, excluded: tuple[int, ...]) -> torch.Tensor | None:
+        # Kept: a copy from the host has no place in a graph.
+        if excluded not in self._masks:
+            adapter = self.adapter
+            self._masks[excluded] = None if adapter is None else adapter.exclusion_mask(excluded)
+        return self._masks[excluded]
+
+    def _suffix(self, ids: tuple[int, ...]) -> torch.Tensor:
+        if ids not in self._suffixes:
+            self._suffixes[ids] = to_device(ids, self.device, torch.int64)
+        return self._suffixes[ids]
+
+    def _rope_table(self, positions: int) -> RopeTable:
+        if self._rope is None or len(self._rope[0]) < positions:
+            self._rope = self.text.rope_table(capacity_bucket(positions))
+        return self._rope
+
+    def _weights_identity(self, layers: Seq[DecoderLayerWeights]) -> int:
+        """Changes when a parameter that the loop reads moves."""
+        held = [getattr(w, f.name) for w in layers for f in fields(w)]
+        held += [self.text.embed_tokens.weight, self.text.norm.weight]
+        held += [] if self.adapter is None else list(self.adapter.parameters())
+        return hash(tuple(0 if p is None else p.data_ptr() for p in held))
+
+    def _reads_unused(self, layer: DecoderLayerWeights, queries: int) -> bool:
+        """Whether the decode reads (and masks) what lies behind a row, as PyTorch's does."""
+        shape = self.text.shape
+        hidden = layer.input_norm.new_empty(1, queries, layer.input_norm.shape[0])
+        cache = hidden.new_empty(1, shape.num_kv_heads, 1, shape.head_dim)
+        weights = [getattr(layer, f.name) for f in fields(layer)]
+        return select("decode", hidden, cache, cache, *weights) is not Backend.TRITON
 
     def _check_capacity(self, longest: int, extra: int) -> None:
         limit = self.config.max_position_embeddings
@@ -223,16 +317,18 @@ class LatentRollout:
             positions.append(torch.from_numpy(sequence.positions[:, cached:]))
             wanted.extend(start + token - cached for token in read[slot])
             start += len(sequence) - cached
-        packed = torch.cat(ids).to(self.device)
-        embeds = F.embedding(packed, self.text.embed_tokens.weight)
-        if visuals:
-            is_visual = (packed == self.config.image_token_id) | (
-                packed == self.config.video_token_id
-            )
-            embeds[is_visual] = self._visual_tokens(visuals)
-        return self.text.prefill(
-            embeds, torch.cat(positions, dim=1).to(self.device), spans, cache, wanted
+        packed = torch.cat(ids)
+        embeds = F.embedding(
+            packed.to(self.device, non_blocking=True), self.text.embed_tokens.weight
         )
+        if visuals:
+            # Places are found on the host, where the ids are: a mask on the device would wait.
+            pads = (self.config.image_token_id, self.config.video_token_id)
+            places = np.flatnonzero(np.isin(packed.numpy(), pads))
+            where = torch.from_numpy(places).to(self.device, non_blocking=True)
+            embeds[where] = self._visual_tokens(visuals)
+        at = torch.cat(positions, dim=1).to(self.device, non_blocking=True)
+        return self.text.prefill(embeds, at, spans, cache, wanted)
 
     def _visual_tokens(self, visuals: Seq[Visual]) -> torch.Tensor:
         """Visual tokens in order, in calls of limited size: the tower's activations are wide."""
@@ -243,10 +339,13 @@ class LatentRollout:
             size += visual.patches.shape[0]
             following = visuals[number + 1] if number + 1 < len(visuals) else None
             if following is None or size + following.patches.shape[0] > limit:
-                patches = torch.cat([v.patches.to(self.device, self.dtype) for v in group])
+                patches = torch.cat([self._patches(v) for v in group])
                 tokens.append(self.visual(patches, [v.grid for v in group]))
                 group, size = [], 0
         return torch.cat(tokens)
+
+    def _patches(self, visual: Visual) -> torch.Tensor:
+        return visual.patches.to(self.device, self.dtype, non_blocking=True)
 
 
 def last_index(sequence: Sequence, token: int) -> int:
