@@ -1,9 +1,10 @@
-"""One Markdown row per case, engines side by side, from the results of pytest-benchmark.
+"""One Markdown table from the results of pytest-benchmark or of ``benchmarks.gpu_session``.
 
     python -m benchmarks.report RESULTS.json
     python -m benchmarks.report RESULTS.json --keep benchmarks/results/NAME.json
 
-``--keep`` writes what the table is made of, without the names of the machine and its user.
+``--keep`` writes what the table is made of, without the names of the machine and its user. Results
+of a dry run are refused: they are no measurement.
 """
 
 from __future__ import annotations
@@ -50,8 +51,64 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def gpu_markdown(results: dict[str, Any]) -> str:
+    """The figures of a GPU session with their floors, ratios, clock and power.
+
+    Raises:
+        ValueError: it was a dry run.
+    """
+    refuse_dry_run(results)
+    gpu = results["machine"]["gpu"]
+    lines = [
+        "| measured | time | floor | of the floor | ratio | SM clock, power |",
+        "|---|---|---|---|---|---|",
+    ]
+    for figure in results["figures"]:
+        if "missed" in figure or figure["name"].startswith("sweep "):
+            continue
+        state = figure["nvml"] or {}
+        now = f"{state.get('sm_mhz', 0):.0f} MHz, {state.get('power_w', 0):.0f} W" if state else "–"
+        if figure["unit"] != "s":
+            value = f"{figure['value'] / 1e12:.3g} T{figure['unit']}"
+            lines.append(f"| {figure['name']} | {value} | – | – | – | {now} |")
+            continue
+        floor, share = "–", "–"
+        if figure["floor"] is not None:
+            floor, share = _duration(figure["floor"]), f"{figure['of_floor']:.0%}"
+        ratios = "; ".join(f"**{r:.1f}×** {name}" for name, r in figure["ratio_to"].items())
+        lines.append(
+            f"| {figure['name']} | {_duration(figure['value'])} | {floor} | {share} "
+            f"| {ratios or '–'} | {now} |"
+        )
+    missed = [figure for figure in results["figures"] if "missed" in figure]
+    not_measured = [f"{figure['name']} ({figure['missed'][:80]})" for figure in missed]
+    versions = results["versions"]
+    lines += [
+        "",
+        f"Seconds per call, median; floor: bytes that must be read at the datasheet's bandwidth. "
+        f"{gpu['name']}, driver {gpu['driver']}, torch {versions['torch']}, Triton "
+        f"{versions['triton']}, transformers {versions['transformers']}, {results['date'][:10]}.",
+    ]
+    if not_measured:
+        lines.append("Not measured: " + "; ".join(not_measured) + ".")
+    return "\n".join(lines)
+
+
+def refuse_dry_run(results: dict[str, Any]) -> None:
+    """Raise ValueError for the results of a dry run."""
+    if results.get("dry_run") or any(f.get("dry_run") for f in results.get("figures", ())):
+        raise ValueError("these results are of a dry run: nothing was measured")
+
+
 def trimmed(results: dict[str, Any]) -> dict[str, Any]:
     """The part of the results that is worth keeping."""
+    if "figures" in results:
+        refuse_dry_run(results)
+        return results
     return {
         "datetime": results["datetime"],
         "benchmarks": [
@@ -73,7 +130,10 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
-    print(markdown(results))
+    try:
+        print(gpu_markdown(results) if "figures" in results else markdown(results))
+    except ValueError as error:
+        raise SystemExit(f"{arguments.results}: {error}") from None
     if arguments.keep:
         arguments.keep.write_text(json.dumps(trimmed(results), indent=2) + "\n")
 

@@ -75,6 +75,33 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def _small(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, sections: list[int]
+) -> dict[str, Any]:
+    """The 2B model made smaller, for checks and dry runs; no published model has this shape."""
+    return {
+        **SHAPES["qwen2-vl-2b"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": 5120,
+        "rope_scaling": {"type": "mrope", "mrope_section": sections},
+        "vision_config": {
+            **SHAPES["qwen2-vl-2b"]["vision_config"],
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": hidden,
+            "num_heads": 4,
+        },
+    }
+
+
+SHAPES["small"] = _small(768, 2048, 6, 6, 2, [16, 24, 24])
+SHAPES["tiny"] = _small(64, 96, 2, 4, 2, [2, 3, 3])
+
+
 def _tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -141,6 +168,7 @@ def shaped_model(
     _fill(model, seed=0)
     assert model.latent_moe_transition is not None
     model.latent_moe_transition._router_exclude_mask.zero_()
+    model.latent_moe_transition.pack_experts()  # as ``load`` does
     processor = Processor(tokenizer, ImageConfig(), multi_image="all")
     tokens = TokenIds(
         vocabulary["<gen_emb>"], vocabulary["<disc_emb>"], frozenset({vocabulary["<|im_end|>"]})

@@ -1,0 +1,1 @@
+"""What the engine is compared with, each written as well as its approach allows."""
