@@ -70,6 +70,7 @@ def on_triton(monkeypatch):
     return use
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_triton_kernels_on_one_ragged_batch(load_recorded, recorded, variant, on_triton):
     model = model_for(load_recorded, "fast", variant)
@@ -79,6 +80,7 @@ def test_triton_kernels_on_one_ragged_batch(load_recorded, recorded, variant, on
     assert worst(got, recorded, recorded.names, variant) <= TOLERANCE
 
 
+@pytest.mark.interpreted
 def test_triton_kernels_on_one_row(load_recorded, recorded, on_triton):
     """The forms for one row, and the kernels of the prefill."""
     model = load_recorded(engine="fast")

@@ -22,6 +22,8 @@ pytest.importorskip("triton")
 if not triton_backend.interpreting():
     pytest.skip("these run in Triton's interpreter; -m gpu has the others", allow_module_level=True)
 
+pytestmark = pytest.mark.interpreted
+
 RECORDED = Path(__file__).parents[1] / "conformance" / "plume_tiny"
 CASES = {k: v for k, v in json.loads((RECORDED / "ops.json").read_text()).items() if k[:3] == "moe"}
 

@@ -11,6 +11,13 @@ from hypothesis import strategies as st
 from ume_kernels import dispatch
 from ume_kernels.dispatch import BackendError
 from ume_kernels.prefill import op, rms_norm, rope_append, silu_mul, silu_mul_
+from ume_kernels.triton_backend import interpreting
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(not interpreting(), reason="tests/gpu has the compiled kernels"),
+]
 
 DTYPES = {torch.float32: (1e-6, 1e-6), torch.float16: (1e-3, 1e-3)}
 

@@ -117,6 +117,7 @@ def test_padding_rows_are_empty_and_results_are_copies(make, recorded):
     assert torch.equal(first, kept)
 
 
+@pytest.mark.interpreted
 def test_what_is_not_a_rows_own_is_never_read(make, recorded, monkeypatch):
     """Triton's kernels over an arena of NaN, three rows in a bucket of four.
 
