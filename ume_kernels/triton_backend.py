@@ -12,6 +12,7 @@ import os
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import TypeVar
 
@@ -94,14 +95,20 @@ def attempt(
     kernels: Callable[[], Result],
     otherwise: Callable[[], Result],
     backend: Backend | str | None = None,
+    device: torch.device | None = None,
 ) -> Result:
-    """Run ``kernels``; if they do not compile, warn once and run ``otherwise`` from then on.
+    """Run ``kernels`` on ``device``; if they do not compile, warn once and run ``otherwise``.
+
+    From then on ``check`` has them in the way, so that later calls go elsewhere at once. Triton
+    launches on the current device, which need not be that of the tensors: name theirs.
 
     Raises:
         BackendError: they do not compile and the caller or ``UME_BACKEND`` insists on them.
     """
+    guard = torch.cuda.device(device) if device and device.type == "cuda" else nullcontext()
     try:
-        return kernels()
+        with guard:
+            return kernels()
     except Exception as error:
         if not _is_compile_failure(error):
             raise

@@ -223,6 +223,10 @@ def test_what_the_kernels_cannot_do_is_named():
         decode_step(torch.tensor([0]), 1, 17, rope, shape, torch.float32)
     with pytest.raises(ValueError, match="q_weight is"):
         call(torch.zeros(1, 1, 40))
+    with pytest.raises(ValueError, match="step was made for layers of"):
+        step = decode_step(torch.tensor([0]), 1, 12, rope, shape, torch.float32)
+        other = LayerShape(1, 1, 16, 1e-6)
+        decode_layer(torch.zeros(1, 1, 32), step, kv[0], kv[1], weights, other)
     with pytest.raises(ValueError, match="lengths must be"):
         attend_cache(torch.zeros(1, 1, 2, 16), kv[0], kv[1], torch.zeros(1).long(), torch.ones(2))
 

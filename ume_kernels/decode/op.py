@@ -101,12 +101,7 @@ def _decode_layer_op(
     shape = LayerShape(num_heads, num_kv_heads, head_dim, rms_eps)
     rope = (cos_table, sin_table)
     step = decode_step(lengths, hidden.shape[1], max_length, rope, shape, hidden.dtype)
-    # The reference overwrites whatever a half-done layer appended.
-    return triton_backend.attempt(
-        "decode",
-        lambda: _run_kernels(hidden, step, keys, values, weights),
-        lambda: decode_layer_reference(hidden, step, keys, values, weights, shape),
-    )
+    return _layer(hidden, step, keys, values, weights, None)
 
 
 @_decode_layer_op.register_fake
@@ -114,16 +109,25 @@ def _(hidden: torch.Tensor, *others: object) -> torch.Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
-def _run_kernels(
+def _layer(
     hidden: torch.Tensor,
     step: DecodeStep,
     keys: torch.Tensor,
     values: torch.Tensor,
     weights: DecoderLayerWeights,
+    backend: str | Backend | None,
 ) -> torch.Tensor:
-    from ume_kernels.decode.triton_layer import decode_layer_triton
+    """The kernels; PyTorch if they do not compile, which overwrites what they appended."""
 
-    return decode_layer_triton(hidden, step, keys, values, weights)
+    def kernels() -> torch.Tensor:
+        from ume_kernels.decode.triton_layer import decode_layer_triton
+
+        return decode_layer_triton(hidden, step, keys, values, weights)
+
+    def reference() -> torch.Tensor:
+        return decode_layer_reference(hidden, step, keys, values, weights, step.shape)
+
+    return triton_backend.attempt("decode", kernels, reference, backend, hidden.device)
 
 
 def decode_layer(
@@ -156,6 +160,8 @@ def decode_layer(
             f"step is for {(step.lengths.shape[0], step.queries)} tokens, "
             f"hidden has {(batch, queries)}"
         )
+    if step.shape != shape:
+        raise ValueError(f"step was made for layers of {step.shape}, not {shape}")
     if weights.q_weight.shape != (shape.num_heads * shape.head_dim, width):
         raise ValueError(
             f"q_weight is {tuple(weights.q_weight.shape)}; hidden states of width {width} and "
@@ -175,12 +181,7 @@ def decode_layer(
     if chosen is not Backend.TRITON:
         return decode_layer_reference(hidden, step, keys, values, weights, shape)
     if backend is not None:  # insisted on: a failure to compile is the caller's to see
-        return triton_backend.attempt(
-            "decode",
-            lambda: _run_kernels(hidden, step, keys, values, weights),
-            lambda: decode_layer_reference(hidden, step, keys, values, weights, shape),
-            backend,
-        )
+        return _layer(hidden, step, keys, values, weights, backend)
     return _decode_layer_op(
         hidden, step.lengths, step.cos_table, step.sin_table, keys, values, *flat,
         shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rms_eps, step.max_length,
@@ -221,25 +222,27 @@ def attend_cache(
     if chosen is not Backend.TRITON:
         return attend_cache_reference(q, keys, values, slots, lengths)
     if backend is not None:
-        return triton_backend.attempt(
-            "decode",
-            lambda: _run_attention(q, keys, values, slots, lengths),
-            lambda: attend_cache_reference(q, keys, values, slots, lengths),
-            backend,
-        )
+        return _attend(q, keys, values, slots, lengths, backend)
     return _attend_cache_op(q, keys, values, slots, lengths)
 
 
-def _run_attention(
+def _attend(
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     slots: torch.Tensor,
     lengths: torch.Tensor,
+    backend: str | Backend | None,
 ) -> torch.Tensor:
-    from ume_kernels.decode.triton_layer import attend_triton
+    def kernels() -> torch.Tensor:
+        from ume_kernels.decode.triton_layer import attend_triton
 
-    return attend_triton(q, keys, values, slots, lengths, extra=0)
+        return attend_triton(q, keys, values, slots, lengths, extra=0)
+
+    def reference() -> torch.Tensor:
+        return attend_cache_reference(q, keys, values, slots, lengths)
+
+    return triton_backend.attempt("decode", kernels, reference, backend, q.device)
 
 
 @torch.library.custom_op("ume::attend_cache", mutates_args=())
@@ -250,11 +253,7 @@ def _attend_cache_op(
     slots: torch.Tensor,
     lengths: torch.Tensor,
 ) -> torch.Tensor:
-    return triton_backend.attempt(
-        "decode",
-        lambda: _run_attention(q, keys, values, slots, lengths),
-        lambda: attend_cache_reference(q, keys, values, slots, lengths),
-    )
+    return _attend(q, keys, values, slots, lengths, None)
 
 
 @_attend_cache_op.register_fake

@@ -147,7 +147,8 @@ def _inference(
 
     if not _runs(z, strict):
         return otherwise()
-    return triton_backend.attempt(NAME, kernels, otherwise, Backend.TRITON if strict else None)
+    insisted = Backend.TRITON if strict else None
+    return triton_backend.attempt(NAME, kernels, otherwise, insisted, z.device)
 
 
 @_inference.register_fake
@@ -200,7 +201,8 @@ def _training(
 
     if not _runs(z, strict):
         return otherwise()
-    return triton_backend.attempt(NAME, kernels, otherwise, Backend.TRITON if strict else None)
+    insisted = Backend.TRITON if strict else None
+    return triton_backend.attempt(NAME, kernels, otherwise, insisted, z.device)
 
 
 def _saved(z: Tensor, weights: MoEWeights) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,7 +291,7 @@ def _backward(
         done = otherwise()
     else:
         insisted = Backend.TRITON if strict else None
-        done = triton_backend.attempt(NAME, kernels, otherwise, insisted)
+        done = triton_backend.attempt(NAME, kernels, otherwise, insisted, z.device)
     inputs = [done.grad_z, z.new_empty(0) if done.grad_context is None else done.grad_context]
     if not of_weights:
         return inputs

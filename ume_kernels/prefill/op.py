@@ -72,7 +72,7 @@ def _rms_norm(
         return rms_norm_triton(x, weight, eps)
 
     return triton_backend.attempt(
-        "rms_norm", kernels, lambda: rms_norm_reference(x, weight, eps), backend
+        "rms_norm", kernels, lambda: rms_norm_reference(x, weight, eps), backend, x.device
     )
 
 
@@ -143,7 +143,7 @@ def _rope_append(
         return rope_append_triton(*arguments)
 
     return triton_backend.attempt(
-        "rope_append", kernels, lambda: rope_append_reference(*arguments), backend
+        "rope_append", kernels, lambda: rope_append_reference(*arguments), backend, q.device
     )
 
 
@@ -256,7 +256,9 @@ def _silu_mul(
 
         return silu_mul_triton(gate, up, gate if inplace else None)
 
-    return triton_backend.attempt("silu_mul", kernels, lambda: reference(gate, up), backend)
+    return triton_backend.attempt(
+        "silu_mul", kernels, lambda: reference(gate, up), backend, gate.device
+    )
 
 
 @torch.library.custom_op("ume::silu_mul", mutates_args=())
