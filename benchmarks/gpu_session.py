@@ -226,6 +226,10 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if not 0.5 <= arguments.minutes < float("inf"):
+        parser.error(f"--minutes must be at least 0.5, got {arguments.minutes}")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        parser.error(f"--out {arguments.out} is a file")
     out = arguments.out.resolve()
     if arguments.measure:
         measure(arguments.measure, out, arguments.dry_run, arguments.seconds)

@@ -33,6 +33,7 @@ from benchmarks.floor import LATENTS
 from benchmarks.floor import SUFFIX as CHUNK
 from benchmarks.shaped import SHAPES
 from ume_models.backbone.config import BackboneConfig, parse_config, read_config
+from ume_models.errors import CheckpointError
 
 SUFFIX = CHUNK - 1
 """Forced tokens; the last latent input goes with them."""
@@ -303,13 +304,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if min(options.batch) < 1 or min(options.prefix) < 0 or options.steps < 0:
         parser.error("--batch must be at least 1, --prefix and --steps at least 0")
-    config = load(options.model)
+    if options.json and not options.json.resolve().parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}")
+    try:
+        config = load(options.model)
+    except CheckpointError as error:
+        parser.error(f"--model: {error}")
     rows = list(operations(config, options.batch, options.prefix, options.steps))
     pairs = list(embeddings(config, options.steps))
     console = Console()
     if not console.is_terminal:
         console.width = 160
-    console.print(operation_table(f"floors for {options.model}, bf16, not measured", rows))
+    console.print(operation_table(f"Floors for {options.model}, bfloat16; not measured", rows))
     console.print(embedding_table(pairs))
     if options.json:
         document = as_json(options.model, rows, pairs)

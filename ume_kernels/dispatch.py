@@ -4,8 +4,8 @@ Every operation registers the backends it has, best first, each with a check tha
 tensors. ``select`` takes the first that can and should run. A caller or the environment variable
 ``UME_BACKEND`` can insist on one: it then runs or raises, it is never replaced silently.
 
-``UME_BACKEND`` is either one backend for every operation (``torch``) or a list for single ones
-(``linear:torch,decode:torch``).
+``UME_BACKEND`` is either one backend for every operation that has it (``torch``) or a list for
+single ones (``linear:torch,decode:torch``).
 """
 
 from __future__ import annotations
@@ -126,8 +126,14 @@ def _parse(value: str) -> tuple[Backend | None, Mapping[str, Backend]]:
     if ":" not in value:
         return _backend(value, where), {}
     single: dict[str, Backend] = {}
-    for entry in value.split(","):
-        op, _, name = entry.partition(":")
+    for entry in filter(str.strip, value.split(",")):
+        op, colon, name = entry.partition(":")
+        if not colon or not name.strip():
+            raise BackendError(
+                f"{where}: {entry.strip()!r} is not OPERATION:BACKEND; give one backend for all "
+                f"operations ({ENVIRONMENT}=torch) or a list for single ones "
+                f"({ENVIRONMENT}=linear:torch,decode:torch)"
+            )
         single[op.strip()] = _backend(name, where)
         if op.strip() not in _OPERATIONS:
             raise BackendError(
@@ -138,12 +144,21 @@ def _parse(value: str) -> tuple[Backend | None, Mapping[str, Backend]]:
 
 
 def requested(op: str) -> Backend | None:
-    """The backend that the environment insists on for `op`, None when it leaves the choice."""
+    """The backend that the environment insists on for `op`, None when it leaves the choice.
+
+    A backend for every operation is one for every operation that has it.
+    """
     value = os.environ.get(ENVIRONMENT)
     if not value:
         return None
     everywhere, single = _parse(value)
-    return single.get(op, everywhere)
+    if op in single:
+        return single[op]
+    if everywhere is None or everywhere in _OPERATIONS.get(op, {}):
+        return everywhere
+    if not any(everywhere in backends for backends in _OPERATIONS.values()):
+        raise BackendError(f"{ENVIRONMENT}={value!r}: no operation has that backend")
+    return None
 
 
 def _backends(op: str) -> dict[Backend, Check]:
@@ -214,7 +229,14 @@ def explain(
     """
     if op is None:
         return [_report(name, (), None) for name in _OPERATIONS]
-    return _report(op, tensors, backend)
+    try:
+        return _report(op, tensors, backend)
+    except BackendError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, ValueError) as error:
+        raise BackendError(
+            f"these {len(tensors)} tensors are not the operands of {op!r}, in its order: {error!r}"
+        ) from error
 
 
 def _report(

@@ -55,16 +55,17 @@ def check(op: str, tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
     Asked without tensors it answers for the machine and does not touch the driver beyond
     ``torch.cuda.is_available``.
     """
-    if not _installed():
-        return Obstacle("Triton is not installed", missing="triton", remedy="pip install triton")
+    useful = bool(tensors) or interpreting() or torch.cuda.is_available()
+    if not _installed() and useful:
+        return Obstacle(
+            "Triton is not installed", missing="triton", remedy='pip install "triton>=3.6"'
+        )
     if op in _broken:
         return Obstacle(f"its kernels did not compile: {_broken[op]}", soft=True)
-    if not tensors:
-        if interpreting():
-            return _INTERPRETER
-        if torch.cuda.is_available():
-            return None
+    if not useful:
         return Obstacle("no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)")
+    if not tensors:
+        return _INTERPRETER if interpreting() else None
     first = tensors[0]
     assert first is not None
     if any(t is not None and t.device != first.device for t in tensors):
@@ -105,6 +106,8 @@ def attempt(
     Raises:
         BackendError: they do not compile and the caller or ``UME_BACKEND`` insists on them.
     """
+    if op in _broken and backend is None and requested(op) is None:
+        return otherwise()
     guard = torch.cuda.device(device) if device and device.type == "cuda" else nullcontext()
     try:
         with guard:

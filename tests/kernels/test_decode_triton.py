@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ume_kernels import LayerShape, attend_cache, decode_layer, decode_step, rope_table, tuning
-from ume_kernels.decode import DecoderLayerWeights, attend_cache_reference
+from ume_kernels.decode import DecoderLayerWeights, DecodeStep, attend_cache_reference
 from ume_kernels.decode import decode_layer_reference as reference
 from ume_kernels.decode.workspace import ArrivalCounters, arrival_counters, own_counters
 from ume_kernels.dispatch import BackendError
@@ -187,11 +187,124 @@ def test_a_length_beyond_the_arena_writes_nothing():
     shape = LayerShape(2, 1, 16, 1e-6)
     weights = make_layer(32, shape, 48, torch.float32)
     kv = torch.zeros(2, 2, 1, 4, 16)
-    step = decode_step(torch.tensor([9, 1]), 1, 4, tables(shape, 16), shape, torch.float32)
+    step = step_unchecked([9, 1], 1, 4, tables(shape, 16), shape)
     decode_layer(torch.randn(2, 1, 32), step, kv[0], kv[1], weights, shape, backend="triton")
     assert (kv[:, 0] == 0).all()
     assert (kv[:, 1, :, 1] != 0).any()
     assert (kv[:, 1, :, [0, 2, 3]] == 0).all()
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """The same values with a gap behind each of the last axis' rows."""
+    out = torch.full((*x.shape[:-1], 2 * x.shape[-1]), 9, dtype=x.dtype)
+    out[..., ::2] = x
+    return out[..., ::2]
+
+
+def test_strides_make_no_difference():
+    torch.manual_seed(3)
+    shape = LayerShape(4, 2, 16, 1e-6)
+    weights = make_layer(48, shape, 40, torch.float32)
+    arena = torch.randn(2, 3, 2, 24, 16)
+    rope, lengths = tables(shape, 24), torch.tensor([3, 7, 11])
+
+    def run(hidden, lengths=lengths, rope=rope):
+        kv = arena.clone()
+        step = decode_step(lengths, hidden.shape[1], 24, rope, shape, hidden.dtype)
+        return decode_layer(hidden, step, kv[0], kv[1], weights, shape, backend="triton"), kv
+
+    def same(got, expected):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+    many = torch.randn(3, 4, 48)
+    one = many[:1, :1].expand(3, 1, 48)
+    for strided in (many[:, -1:], many[:, ::2], spread(many)[:, :2], one):
+        same(run(strided), run(strided.clone(memory_format=torch.contiguous_format)))
+    hidden = many[:, :1].contiguous()
+    expected = run(hidden)
+    same(run(hidden, spread(lengths)), expected)
+    same(run(hidden, rope=(spread(rope[0]), spread(rope[1]))), expected)
+    five = torch.tensor([5])
+    same(run(hidden, five.expand(3)), run(hidden, five.repeat(3)))
+
+    q, slots, seen = torch.randn(3, 1, 4, 16), torch.tensor([2, 0, 2]), torch.tensor([4, 9, 1])
+    expected = attend_cache(q, arena[0], arena[1], slots, seen, backend="triton")
+    for change in (
+        (spread(q), slots, seen), (q, spread(slots), seen), (q, slots, spread(seen)),
+    ):  # fmt: skip
+        same(attend_cache(change[0], arena[0], arena[1], *change[1:], backend="triton"), expected)
+
+
+def step_unchecked(lengths, queries, max_length, rope, shape):
+    """A step as on a device, where lengths are not looked at."""
+    return DecodeStep(torch.tensor(lengths), queries, max_length, *rope, shape, torch.float32)
+
+
+def test_nothing_outside_of_the_arena_is_touched():
+    shape = LayerShape(4, 2, 16, 1e-6)
+    weights = make_layer(48, shape, 40, torch.float32)
+    around = torch.full((2, 12, 2, 8, 16), 7.0)
+    arena = around[:, 5:7]
+    rope = tables(shape, 4)
+    for lengths in ([-3, 4], [-40, 40], [7, 7]):
+        arena.fill_(0.5)
+        step = step_unchecked(lengths, 1, 4, rope, shape)
+        hidden = torch.randn(2, 1, 48)
+        decode_layer(hidden, step, arena[0], arena[1], weights, shape, backend="triton")
+        assert (around[:, :5] == 7).all() and (around[:, 7:] == 7).all()
+        assert (arena == 0.5).all(), "a position beyond arena or table is not written"
+
+
+def test_a_slot_that_does_not_exist_reads_nothing():
+    around = torch.full((9, 2, 8, 16), 1e9)
+    arena = around[3:6]
+    arena.fill_(1.0)
+    got = attend_cache_kernel(torch.ones(3, 1, 4, 16), arena, torch.tensor([-1, 1, 3]))
+    assert (got[[0, 2]] == 0).all() and (got[1] == 1).all()
+
+
+def attend_cache_kernel(q, arena, slots):
+    from ume_kernels.decode.triton_layer import attend_triton
+
+    return attend_triton(q, arena, arena, slots, torch.full((len(slots),), 5), extra=0)
+
+
+def test_wrong_operands_are_named():
+    shape = LayerShape(4, 2, 16, 1e-6)
+    weights = make_layer(48, shape, 40, torch.float32)
+    kv, rope = torch.zeros(2, 1, 2, 8, 16), tables(shape, 8)
+    hidden = torch.zeros(1, 1, 48)
+
+    def call(w, shape=shape):
+        step = decode_step(torch.tensor([0]), 1, 4, rope, shape, torch.float32)
+        decode_layer(hidden, step, kv[0], kv[1], w, shape, backend="triton")
+
+    for field in dataclasses.fields(weights):
+        short = getattr(weights, field.name)[:-1]
+        if field.name == "gate_weight":  # it sets the inner width
+            short = getattr(weights, field.name)[:, :-1]
+        with pytest.raises(ValueError, match=r"_weight is|_norm is|_bias is"):
+            call(dataclasses.replace(weights, **{field.name: short}))
+    with pytest.raises(ValueError, match="all have a bias"):
+        call(dataclasses.replace(weights, q_bias=None))
+    for lengths, message in (
+        (torch.tensor([-1]), "not within"), (torch.tensor([4]), "not within"),
+        (torch.tensor([1.0]), "integers"), (torch.tensor([[1]]), "integers"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            decode_step(lengths, 1, 4, rope, shape, torch.float32)
+    with pytest.raises(ValueError, match="do not fit max_length"):
+        decode_step(torch.tensor([0]), 5, 4, rope, shape, torch.float32)
+    half = (rope[0].half(), rope[1].half())
+    with pytest.raises(ValueError, match="must be float32"):
+        decode_step(torch.tensor([0]), 1, 4, half, shape, torch.float32)
+    q, seen = torch.zeros(1, 1, 4, 16), torch.tensor([1])
+    with pytest.raises(ValueError, match="slot 1 is not one of the arena's 1"):
+        attend_cache(q, kv[0], kv[1], torch.tensor([1]), seen)
+    with pytest.raises(ValueError, match="slots must be int64"):
+        attend_cache(q, kv[0], kv[1], torch.tensor([0.0]), seen)
+    nothing = attend_cache(q[:0], kv[0], kv[1], seen[:0], seen[:0])
+    assert nothing.shape == (0, 1, 4, 16)
 
 
 def test_what_the_kernels_cannot_do_is_named():
@@ -210,7 +323,7 @@ def test_what_the_kernels_cannot_do_is_named():
             torch.zeros(1, 1, 32, dtype=torch.bfloat16), DecoderLayerWeights(**half), kv.bfloat16()
         )
     with pytest.raises(BackendError, match="differ in dtype"):
-        call(torch.zeros(1, 1, 32, dtype=torch.float16))
+        call(torch.zeros(1, 1, 32), cache=kv.half())
     with pytest.raises(BackendError, match="more than 8 new tokens"):
         call(torch.zeros(1, 9, 32), queries=9)
     with pytest.raises(BackendError, match="weights must be contiguous"):
@@ -221,12 +334,14 @@ def test_what_the_kernels_cannot_do_is_named():
         call(torch.zeros(1, 1, 32, requires_grad=True))
     with pytest.raises(ValueError, match="rotary cos table"):
         decode_step(torch.tensor([0]), 1, 17, rope, shape, torch.float32)
-    with pytest.raises(ValueError, match="q_weight is"):
+    with pytest.raises(ValueError, match="hidden states of width 40"):
         call(torch.zeros(1, 1, 40))
-    with pytest.raises(ValueError, match="step was made for layers of"):
-        step = decode_step(torch.tensor([0]), 1, 12, rope, shape, torch.float32)
-        other = LayerShape(1, 1, 16, 1e-6)
+    step = decode_step(torch.tensor([0]), 1, 12, rope, shape, torch.float32)
+    other = LayerShape(1, 1, 16, 1e-6)
+    with pytest.raises(ValueError, match="step was made for"):
         decode_layer(torch.zeros(1, 1, 32), step, kv[0], kv[1], weights, other)
+    with pytest.raises(ValueError, match=r"step was made for torch\.float32"):
+        decode_layer(torch.zeros(1, 1, 32).half(), step, kv[0], kv[1], weights, shape)
     with pytest.raises(ValueError, match="lengths must be"):
         attend_cache(torch.zeros(1, 1, 2, 16), kv[0], kv[1], torch.zeros(1).long(), torch.ones(2))
 

@@ -95,11 +95,35 @@ def test_unknown_operation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_backend_an_operation_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UME_BACKEND", "cuda")
     with pytest.raises(BackendError, match="'toy' has no backend 'cuda'; it has native"):
+        dispatch.select("toy", ONE, backend="cuda")
+    monkeypatch.setenv("UME_BACKEND", "toy:cuda")
+    with pytest.raises(BackendError, match="'toy' has no backend 'cuda'; it has native"):
+        dispatch.explain("toy")
+
+
+def test_a_backend_for_all_is_for_those_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch.register("plain", {Backend.TORCH: dispatch.always})
+    monkeypatch.setenv("UME_BACKEND", "native")
+    assert dispatch.select("toy", ONE) is Backend.NATIVE
+    assert dispatch.select("plain", ONE) is Backend.TORCH
+    with pytest.raises(BackendError, match="'native' of operation 'toy' cannot run"):
+        dispatch.select("toy", TWO)
+    monkeypatch.setattr(dispatch, "_OPERATIONS", {"plain": {Backend.TORCH: dispatch.always}})
+    with pytest.raises(BackendError, match="no operation has that backend"):
+        dispatch.select("plain", ONE)
+
+
+@pytest.mark.parametrize("value", ["toy:", "torch,toy:torch", "toy:torch,decode"])
+def test_a_malformed_list_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("UME_BACKEND", value)
+    with pytest.raises(BackendError, match="is not OPERATION:BACKEND"):
         dispatch.select("toy", ONE)
-    with pytest.raises(BackendError, match="has no backend 'cuda'"):
-        dispatch.explain()
+
+
+def test_wrong_operands_of_explain_are_named() -> None:
+    with pytest.raises(BackendError, match="not the operands of 'decode'"):
+        dispatch.explain("decode", ONE)
 
 
 def test_no_backend_left() -> None:

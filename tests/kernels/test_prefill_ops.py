@@ -106,7 +106,9 @@ def test_a_token_outside_of_the_arena_writes_nothing():
     slots = torch.tensor([0, 3, 1, -1])
     positions = torch.tensor([5, 0, -1, 0])
     # slot 1 of three is a view, so that a stray write would land in its neighbours
-    rope_append(q, k, v, cos, sin, *arena[:, 1:2], slots, positions, backend="triton")
+    from ume_kernels.prefill.triton_kernels import rope_append_triton  # as on a device: no look
+
+    rope_append_triton(q, k, v, cos, sin, *arena[:, 1:2], slots, positions)
     assert not arena.any()
 
 
@@ -237,3 +239,16 @@ def test_compiled_code_is_one_graph():
     x, w, g = torch.randn(3, 8), torch.randn(8), torch.randn(3, 8)
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, w, g), block(x, w, g))
+
+
+def test_operands_that_would_corrupt_are_refused():
+    arena = torch.zeros(2, 3, 2, 4, 8)
+    q, k = torch.zeros(2, 4, 8), torch.zeros(2, 2, 8)
+    table, good, bad = torch.zeros(2, 8), torch.tensor([0, 1]), torch.tensor([0, -1])
+    for slots, positions in ((bad, good), (good, bad)):
+        with pytest.raises(ValueError, match="must not be negative"):
+            rope_append(q, k, k, table, table, arena[0], arena[1], slots, positions)
+    with pytest.raises(ValueError, match="one tensor"):
+        silu_mul_(table, table)
+    with pytest.raises(ValueError, match="eps must be a number"):
+        rms_norm(table, torch.ones(8), "1e-6")

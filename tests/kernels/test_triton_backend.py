@@ -61,11 +61,23 @@ def reason(obstacle: Obstacle | None) -> str:
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "_installed", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for tensors in ((), (PLAIN,)):
         obstacle = triton_backend.check("toy", tensors)
         assert reason(obstacle) == "Triton is not installed"
         assert obstacle is not None
-        assert (obstacle.missing, obstacle.remedy) == ("triton", "pip install triton")
+        assert obstacle.missing == "triton"
+        assert "triton>=3.6" in str(obstacle.remedy)
+
+
+def test_not_advised_where_it_would_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "_installed", lambda: False)
+    monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    obstacle = triton_backend.check("toy", ())
+    assert reason(obstacle).startswith("no CUDA device")
+    assert obstacle is not None
+    assert obstacle.missing is None
 
 
 def test_the_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Exit status 1 if a variant is outside its budget, does not compile or is missing
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,11 @@ def as_json(report: Report, archs: Sequence[int]) -> dict[str, Any]:
 
 def table(report: Report) -> Table:
     """One line per variant and architecture."""
-    out = Table(title=f"Triton {report.triton}, compiled without a GPU")
+    out = Table(
+        title=f"Triton {report.triton}, compiled without a GPU",
+        caption="registers, shared: used / most allowed; blocks: on a multiprocessor / least "
+        "required; copies: asynchronous ones",
+    )
     out.add_column("variant", overflow="fold")
     out.add_column("sm")
     for name in ("registers", "spilled", "shared", "blocks", "warps"):
@@ -85,6 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for room in options.room:
         if "." not in room and room not in ROOMS:
             parser.error(f"unknown room {room!r}; there are {', '.join(ROOMS)}")
+    if importlib.util.find_spec("triton") is None:
+        parser.error('Triton is not installed: pip install "triton>=3.6"')
+    if options.jobs is not None and options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    if options.json and not options.json.resolve().parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}")
     report = compile_all(options.room, options.arch, options.jobs)
     console = Console()
     if not console.is_terminal:

@@ -130,6 +130,30 @@ def _layer(
     return triton_backend.attempt("decode", kernels, reference, backend, hidden.device)
 
 
+def _check_weights(w: DecoderLayerWeights, shape: LayerShape, width: int) -> None:
+    if shape.num_heads % shape.num_kv_heads:
+        raise ValueError(f"{shape.num_heads} heads cannot share {shape.num_kv_heads} KV heads")
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    inner = w.gate_weight.shape[0]
+    biases = [b is None for b in (w.q_bias, w.k_bias, w.v_bias)]
+    if any(biases) and not all(biases):
+        raise ValueError("q, k and v must all have a bias, or none of them")
+    expected: tuple[tuple[str, tuple[int, ...]], ...] = (
+        ("input_norm", (width,)), ("q_weight", (q, width)), ("q_bias", (q,)),
+        ("k_weight", (kv, width)), ("k_bias", (kv,)), ("v_weight", (kv, width)),
+        ("v_bias", (kv,)), ("o_weight", (width, q)), ("post_norm", (width,)),
+        ("gate_weight", (inner, width)), ("up_weight", (inner, width)),
+        ("down_weight", (width, inner)),
+    )  # fmt: skip
+    for name, size in expected:
+        tensor = getattr(w, name)
+        if tensor is not None and tuple(tensor.shape) != size:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}; hidden states of width {width} and {shape} "
+                f"need {size}"
+            )
+
+
 def decode_layer(
     hidden: torch.Tensor,
     step: DecodeStep,
@@ -160,14 +184,13 @@ def decode_layer(
             f"step is for {(step.lengths.shape[0], step.queries)} tokens, "
             f"hidden has {(batch, queries)}"
         )
-    if step.shape != shape:
-        raise ValueError(f"step was made for layers of {step.shape}, not {shape}")
-    if weights.q_weight.shape != (shape.num_heads * shape.head_dim, width):
+    if step.shape != shape or step.dtype != hidden.dtype:
         raise ValueError(
-            f"q_weight is {tuple(weights.q_weight.shape)}; hidden states of width {width} and "
-            f"{shape.num_heads} heads of {shape.head_dim} need "
-            f"{(shape.num_heads * shape.head_dim, width)}"
+            f"step was made for {step.dtype} layers of {step.shape}, not {hidden.dtype} of {shape}"
         )
+    _check_weights(weights, shape, width)
+    if keys.ndim != 4:
+        raise ValueError(f"keys must be [B, Hkv, C, dh], got {tuple(keys.shape)}")
     expected = (batch, shape.num_kv_heads, keys.shape[2], shape.head_dim)
     for name, cache in (("keys", keys), ("values", values)):
         if tuple(cache.shape) != expected:
@@ -176,6 +199,8 @@ def decode_layer(
         raise ValueError(
             f"{step.max_length} tokens do not fit an arena of capacity {keys.shape[2]}"
         )
+    if batch == 0:
+        return torch.empty_like(hidden)
     flat = _flat(weights)
     chosen = dispatch.select("decode", hidden, keys, values, *flat, backend=backend)
     if chosen is not Backend.TRITON:
@@ -210,7 +235,7 @@ def attend_cache(
             f"{tuple(keys.shape)}, {tuple(values.shape)}"
         )
     rows, _, heads, dim = q.shape
-    if dim != keys.shape[3] or heads % keys.shape[1]:
+    if dim != keys.shape[3] or not keys.shape[1] or heads % keys.shape[1]:
         raise ValueError(
             f"{heads} query heads of size {dim} do not fit {keys.shape[1]} KV heads of size "
             f"{keys.shape[3]}"
@@ -218,12 +243,28 @@ def attend_cache(
     for name, per_row in (("slots", slots), ("lengths", lengths)):
         if per_row.shape != (rows,):
             raise ValueError(f"{name} must be [{rows}], got {tuple(per_row.shape)}")
+        if per_row.dtype not in (torch.int64, torch.int32) or per_row.device != q.device:
+            raise ValueError(
+                f"{name} must be int64 on {q.device}, got {per_row.dtype} on {per_row.device}"
+            )
+    if rows == 0:
+        return torch.empty_like(q)
+    _check_slots(slots, keys.shape[0])
     chosen = dispatch.select("decode", q, keys, values, backend=backend)
     if chosen is not Backend.TRITON:
         return attend_cache_reference(q, keys, values, slots, lengths)
     if backend is not None:
         return _attend(q, keys, values, slots, lengths, backend)
     return _attend_cache_op(q, keys, values, slots, lengths)
+
+
+def _check_slots(slots: torch.Tensor, count: int) -> None:
+    # On a device reading them would wait; the kernel reads nothing for a slot that does not exist.
+    if torch.compiler.is_compiling() or type(slots) is not torch.Tensor or not slots.is_cpu:
+        return
+    outside = [slot for slot in slots.tolist() if not 0 <= slot < count]
+    if outside:
+        raise ValueError(f"slot {outside[0]} is not one of the arena's {count}")
 
 
 def _attend(

@@ -147,16 +147,44 @@ def decode_step(
         rope: the tables of ``rope_table``.
 
     Raises:
-        ValueError: the tables are shorter than ``max_length`` or of another head size.
+        ValueError: lengths are not integers ``[B]``, ``max_length`` is less than ``queries``, or
+            the tables are shorter than ``max_length``, of another head size or not float32.
+            Lengths on the CPU are also checked against ``max_length``; elsewhere reading them
+            would wait for the device, and tokens outside of the arena are dropped.
     """
     cos, sin = rope
+    if lengths.ndim != 1 or lengths.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"lengths must be integers [B], got {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    if not 1 <= queries <= max_length:
+        raise ValueError(f"{queries} new tokens per row do not fit max_length={max_length}")
+    _check_lengths(lengths, queries, max_length)
     for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype != torch.float32 or table.device != lengths.device:
+            raise ValueError(
+                f"rotary {name} table must be float32 on {lengths.device}, got {table.dtype} on "
+                f"{table.device}"
+            )
         if table.shape[0] < max_length or table.shape[1] * 2 != shape.head_dim:
             raise ValueError(
                 f"rotary {name} table is {tuple(table.shape)}; {max_length} positions of head size "
                 f"{shape.head_dim} need at least ({max_length}, {shape.head_dim // 2})"
             )
-    return DecodeStep(lengths, queries, max_length, cos, sin, shape, dtype)
+    return DecodeStep(
+        lengths.contiguous(), queries, max_length, cos.contiguous(), sin.contiguous(), shape, dtype
+    )
+
+
+def _check_lengths(lengths: torch.Tensor, queries: int, max_length: int) -> None:
+    if torch.compiler.is_compiling() or type(lengths) is not torch.Tensor or not lengths.is_cpu:
+        return
+    values = lengths.tolist()
+    if values and (min(values) < 0 or max(values) + queries > max_length):
+        raise ValueError(
+            f"lengths {min(values)} … {max(values)} with {queries} new tokens are not within 0 … "
+            f"max_length={max_length}"
+        )
 
 
 def ragged_attention(

@@ -32,6 +32,7 @@ def _attend_kernel(
     extra,
     scale,
     capacity,
+    slot_count,
     slot_stride,
     head_stride,
     HAS_SLOTS: tl.constexpr,
@@ -58,6 +59,8 @@ def _attend_kernel(
         slot = tl.load(slots_ptr + row).to(tl.int64)
     seen = tl.load(lengths_ptr + row).to(tl.int32) + extra
     total = tl.minimum(seen + (QUERIES - 1), capacity)
+    # A slot that does not exist is a caller's error; reading nothing keeps it a wrong result.
+    total = tl.where((slot >= 0) & (slot < slot_count), total, 0)
 
     packed = tl.arange(0, BLOCK_Q)
     query = packed % QUERIES
@@ -158,8 +161,8 @@ def attend(
         counters = arrival_counters(q.device, rows * kv_heads)
     _attend_kernel[(rows, kv_heads, splits)](
         out, q, keys, values, lengths if slots is None else slots, lengths, partial, stats,
-        counters, extra, 1.4426950408889634 / head_dim**0.5, capacity, keys.stride(0),
-        keys.stride(1),
+        counters, extra, 1.4426950408889634 / head_dim**0.5, capacity,
+        keys.shape[0], keys.stride(0), keys.stride(1),
         HAS_SLOTS=slots is not None, QUERIES=queries, GROUP=group, KV_HEADS=kv_heads,
         HEAD_DIM=head_dim, SPLITS=splits, BLOCK_Q=block_q, BLOCK_D=block_d,
         BLOCK_KV=config["BLOCK_KV"], STAGES=config["STAGES"], num_warps=config["num_warps"],

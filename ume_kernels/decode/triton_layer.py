@@ -26,7 +26,11 @@ def attend_triton(
     tile = q.shape[2] // keys.shape[1] * q.shape[1]
     kernel = "attend_fp32" if q.dtype == torch.float32 else "attend"
     tuned = config(ROOM, kernel, tile, q.device)
-    return attend(q.contiguous(), keys, values, slots, lengths, extra, tuned)
+    # The kernels take per-row numbers one after another; both are a few bytes.
+    slots = None if slots is None else slots.contiguous()
+    return attend(
+        q.contiguous(), keys, values, slots, lengths.contiguous(), extra, tuned
+    )
 
 
 def decode_layer_triton(
@@ -39,7 +43,7 @@ def decode_layer_triton(
     """``decode_layer_reference`` on the kernels: five launches, more where cuBLAS is preferred."""
     batch, queries, width = hidden.shape
     shape = step.shape
-    x = hidden.reshape(batch * queries, width)
+    x = hidden.reshape(batch * queries, width).contiguous()
 
     def tuned(kernel: str) -> Config:
         return config(ROOM, kernel, x.shape[0], x.device)

@@ -180,8 +180,9 @@ def _qkv_kernel(
 
     batch = row // QUERIES
     position = tl.load(lengths_ptr + batch, mask=row_mask, other=0) + row % QUERIES
-    # A position beyond the arena is a caller's error; writing nothing keeps it a wrong result.
-    mask = row_mask[:, None] & pair_mask[None, :] & (position < capacity)[:, None]
+    # A position outside of the arena is a caller's error; writing nothing keeps it a wrong result.
+    inside = row_mask & (position >= 0) & (position < capacity)
+    mask = inside[:, None] & pair_mask[None, :]
     if head < HEADS + KV_HEADS:
         angle = position[:, None] * HALF_DIM + pair[None, :]
         cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
@@ -325,7 +326,7 @@ def qkv_rope_append(
         w.q_bias if has_bias else none,
         w.k_bias if has_bias else none,
         w.v_bias if has_bias else none,
-        lengths, rope[0], rope[1], rows, width, keys.shape[2], shape.rms_eps,
+        lengths, rope[0], rope[1], rows, width, min(keys.shape[2], len(rope[0])), shape.rms_eps,
         keys.stride(0), keys.stride(1),
         QUERIES=queries, HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF_DIM=half,
         HAS_BIAS=has_bias, PRENORM=hidden.dtype == torch.float16, **_tiles(config),

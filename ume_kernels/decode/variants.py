@@ -23,7 +23,7 @@ _FIXED = {
     "scale": "fp32",
 }
 # Sizes that are not multiples of 16 in general.
-_RAGGED = ("rows", "extra", "eps", "scale", "split_blocks")
+_RAGGED = ("rows", "extra", "eps", "scale", "split_blocks", "slot_count")
 
 _QKV = {"QUERIES": 1, "HEADS": 12, "KV_HEADS": 2, "HALF_DIM": 64, "HAS_BIAS": True}
 _ATTEND = {"HAS_SLOTS": False, "GROUP": 6, "KV_HEADS": 2, "HEAD_DIM": 128, "BLOCK_D": 128}

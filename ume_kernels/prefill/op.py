@@ -113,6 +113,8 @@ def rms_norm(
         raise ValueError(
             f"x must be [..., D] and weight [D], got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    if not isinstance(eps, (int, float)):
+        raise ValueError(f"eps must be a number, got {type(eps).__name__}")
     if torch.compiler.is_compiling():
         if backend is None and x.is_cuda and not _needs_grad((x, weight)):
             return _rms_norm_op(x, weight, eps)
@@ -210,11 +212,11 @@ def rope_append(
     Raises:
         ValueError: a shape, stride or index type does not fit; the message names it.
     """
-    if q.ndim != 3 or q.shape[2] % 2:
+    if q.ndim != 3 or q.shape[2] % 2 or 0 in q.shape[1:]:
         raise ValueError(f"q must be [T, H, dh] with dh even, got {tuple(q.shape)}")
     tokens, _, dim = q.shape
     for name, new in (("k", k), ("v", v)):
-        if new.ndim != 3 or (new.shape[0], new.shape[2]) != (tokens, dim):
+        if new.ndim != 3 or (new.shape[0], new.shape[2]) != (tokens, dim) or not new.shape[1]:
             raise ValueError(f"{name} must be [{tokens}, Hkv, {dim}], got {tuple(new.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape not in ((tokens, dim // 2), (tokens, dim)) or table.shape != cos.shape:
@@ -236,6 +238,10 @@ def rope_append(
             raise ValueError(
                 f"{name} must be int64 [{tokens}], got {index.dtype} {tuple(index.shape)}"
             )
+        # On a device a look would wait; on the CPU PyTorch takes a negative index for one from
+        # the end, and another row's memory.
+        if index.is_cpu and tokens and not torch.compiler.is_compiling() and int(index.min()) < 0:
+            raise ValueError(f"{name} must not be negative, got {int(index.min())}")
     arguments = (q, k, v, cos, sin, keys, values, slots, positions)
     if torch.compiler.is_compiling():
         if backend is None and q.is_cuda and not _needs_grad(arguments):
@@ -320,6 +326,8 @@ def silu_mul_(
     _check_gate(gate, up)
     if not gate.is_contiguous():
         raise ValueError("gate must be contiguous")
+    if gate is up:
+        raise ValueError("gate and up are one tensor; silu_mul does not write into its input")
     if torch.compiler.is_compiling():
         if backend is None and gate.is_cuda and not _needs_grad((gate, up)):
             _silu_mul_inplace_op(gate, up)

@@ -229,6 +229,8 @@ class GraphPool:
 
         def work() -> None:
             for out, result in zip(outputs, body(static), strict=True):
+                if result.shape != out.shape:
+                    raise ValueError(f"body gave {tuple(result.shape)}, not {tuple(out.shape)}")
                 out.copy_(result)
 
         while True:
@@ -265,7 +267,7 @@ class GraphPool:
         else:
             self.clear()
             self._recorder = None
-        self._warn(str(error).strip().splitlines()[0])
+        self._warn((str(error).strip().splitlines() or ["no reason given"])[0])
 
     def _warn(self, reason: str) -> None:
         if not self._warned:
@@ -278,7 +280,17 @@ class GraphPool:
 
 
 def _fill(static: dict[str, torch.Tensor], inputs: Inputs) -> None:
+    if static.keys() != inputs.keys():
+        raise ValueError(f"recorded with {sorted(static)}, called with {sorted(inputs)}")
     for name, buffer in static.items():
         value = inputs[name]
+        # copy_ would cast or broadcast what does not belong here
+        if value.dtype != buffer.dtype or value.shape[1:] != buffer.shape[1:]:
+            raise ValueError(
+                f"{name} is {value.dtype} {tuple(value.shape)}, recorded as {buffer.dtype} "
+                f"{tuple(buffer.shape)}"
+            )
+        if len(value) > len(buffer):
+            raise ValueError(f"{name} has {len(value)} rows, its bucket {len(buffer)}")
         buffer[: len(value)].copy_(value)
         buffer[len(value) :].zero_()
