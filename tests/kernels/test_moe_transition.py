@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 
 from ume_kernels import MoETransition, moe_transition
 from ume_kernels.moe_transition import moe_transition_reference
+from ume_kernels.moe_transition.reference import route
 
 RECORDED = Path(__file__).parents[1] / "conformance" / "plume_tiny"
 CASES = {k: v for k, v in json.loads((RECORDED / "ops.json").read_text()).items() if k[:3] == "moe"}
@@ -156,3 +160,132 @@ def test_wrong_arguments_are_named():
         MoETransition(32, excluded_expert_indices=[0, 1, 2])
     with pytest.raises(ValueError, match="cannot exclude"):
         module.exclusion_mask([7])
+    training = MoETransition(32, dropout=0.5)
+    for step, message in [(-1, "step must be 0"), (torch.zeros(2), "step must be int32")]:
+        with pytest.raises(ValueError, match=message):
+            training(torch.randn(2, 32), step)
+    with pytest.raises(ValueError, match="balance must be"):
+        training(torch.randn(2, 32), 0, balance="row")
+    with pytest.raises(ValueError, match=r"z must be \[B, 32\]"):
+        training(torch.randn(2, 16), 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_exclusions_of_constructor_and_call_count_together(device):
+    module = MoETransition(16, excluded_expert_indices=[0]).to(device)
+    with pytest.raises(ValueError, match=r"excluding experts \[0, 1, 2\] leaves 1"):
+        module.exclusion_mask([1, 2])
+    assert module.exclusion_mask([0, 3]).device.type == device
+    kept = MoETransition(16, excluded_expert_indices=[0]).exclusion_mask([0, 3])
+    assert kept.tolist() == [True, False, False, True]
+
+
+def test_weights_of_a_wrong_shape_are_named():
+    module = MoETransition(16, 3).requires_grad_(False)
+    listed = module.weights()
+    z = torch.randn(2, 16)
+
+    def call(weights):
+        return moe_transition(z, None, 0, weights, 2)
+
+    for weights in (listed, listed.stacked()):
+        call(weights)
+        for name in ("ln_weight", "ln_bias", "step_embed", "router_weight"):
+            right = getattr(weights, name)
+            for wrong in (right[..., :-1], right[..., None]):
+                with pytest.raises(ValueError, match=f"^{name} must be"):
+                    call(replace(weights, **{name: wrong}))
+        for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"):
+            with pytest.raises(ValueError, match=f"^{name} (must be|has 2 experts)"):
+                call(replace(weights, **{name: getattr(weights, name)[:2]}))
+            parts = list(getattr(weights, name))
+            parts[1] = parts[1][:-1]
+            with pytest.raises(ValueError, match=f"^{name} must be"):
+                call(replace(weights, **{name: parts}))
+            shared = replace(weights.shared, **{name: getattr(weights.shared, name)[:-1]})
+            with pytest.raises(ValueError, match=f"^shared.{name} must be"):
+                call(replace(weights, shared=shared))
+    with pytest.raises(ValueError, match=r"router_weight must be \[3, 32\], got \[2, 32\]"):
+        call(replace(listed, router_weight=listed.router_weight[:2]))
+    with pytest.raises(ValueError, match="fc1_weight has 3 experts, router_bias 2"):
+        call(replace(listed, router_bias=listed.router_bias[:2]))
+    with pytest.raises(ValueError, match=r"step_embed must be \[1, 16\], got \[0, 16\]"):
+        call(replace(listed, step_embed=listed.step_embed[:0]))
+
+
+def test_a_wrapped_expert_is_an_error_not_left_out():
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    for name in ("experts.1", "experts.1.fc1", "shared_expert"):
+        module = MoETransition(16)
+        inner = module.get_submodule(name)
+        module.set_submodule(
+            name, Adapted(16, 32) if name.endswith("fc1") else torch.nn.Sequential(inner)
+        )
+        with pytest.raises(TypeError, match=r"^(experts.1|shared_expert) is a .*Merge the wrapper"):
+            module(torch.randn(2, 16), 0)
+        if name != "shared_expert":
+            with pytest.raises(TypeError, match=r"experts\.1 is a"):
+                module.pack_experts()
+
+
+def test_packing_survives_copies_and_assignment():
+    torch.manual_seed(0)
+    module = MoETransition(16).requires_grad_(False).pack_experts()
+    assigned = copy.deepcopy(module)
+    state = {k: v + 1 for k, v in module.state_dict().items()}
+    assigned.load_state_dict(state, assign=True)
+    copied, pickled = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    for other, expected in [
+        (copied, module.state_dict()),
+        (pickled, module.state_dict()),
+        (assigned, state),
+    ]:
+        weights = other.weights()
+        stacked = weights.stacked()
+        for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"):
+            assert getattr(stacked, name).data_ptr() == getattr(weights, name)[0].data_ptr()
+        assert stacked.fc1_weight.data_ptr() != module.experts[0].fc1.weight.data_ptr()
+        for key, value in other.state_dict().items():
+            assert torch.equal(value, expected[key])
+    module.experts[2].double()
+    with pytest.raises(ValueError, match=r"experts.2.fc1.weight is torch.float64 .*float32"):
+        module.pack_experts()
+    assert module.float().experts[2].fc1.weight.dtype == torch.float32
+
+
+def test_autocast_without_gradients():
+    torch.manual_seed(0)
+    module = MoETransition(32)
+    z = torch.randn(3, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = module(z, 0)[0]
+        with torch.no_grad():
+            got = module(z, 0)[0]
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_the_reference_gives_ties_to_the_lowest_index():
+    module = MoETransition(16, 8, 3, excluded_expert_indices=[1]).requires_grad_(False)
+    module.router.weight.zero_()
+    module.router.bias.copy_(torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 0]))
+    weights, mask = module.weights(), module.exclusion_mask(())
+    routing = route(torch.randn(5, 16), None, torch.zeros(5).long(), weights, 3, mask)
+    assert routing.experts.tolist() == [[4, 0, 2]] * 5
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile_and_export_pass_over_it_by_default(grad):
+    torch.manual_seed(0)
+    module = MoETransition(32).eval().requires_grad_(grad).pack_experts()
+    z, step = torch.randn(3, 32), torch.tensor([1, 0, 40])
+    expected, aux = module(z, step, z + 1)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for got, got_aux in (
+        compiled(z, step, z + 1),
+        torch.export.export(module, (z, step, z + 1)).module()(z, step, z + 1),
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got_aux, aux, rtol=1e-5, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,42 @@ def test_rows_may_be_strided_and_context_broadcast(rows):
     )
 
 
+@pytest.mark.parametrize("rows", [3, 6])
+def test_step_and_exclusion_may_be_strided_or_broadcast(rows):
+    torch.manual_seed(0)
+    module = MoETransition(16, 4, 2, step_embed_max_steps=12)
+    z, w = torch.randn(2, rows, 16).unbind(0)
+    mask = torch.tensor([False, False, True, True, False, False, True, False])[::2]
+    for step, excluded in [
+        (torch.arange(2 * rows)[::2], mask),
+        (torch.tensor([5]).expand(rows), torch.zeros(1).bool().expand(4)),
+        (torch.arange(11).int()[1::9][:1], None),
+    ]:
+        assert step.numel() == 1 or not step.is_contiguous()
+
+        def both(backend, step=step, excluded=excluded):
+            def call(m, a, c):
+                return moe_transition(a, c, step, m.weights(), 2, excluded, backend=backend)
+
+            return gradients(module, call, z, None, w)
+
+        for got, expected in zip(both("triton"), both("torch"), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_ties_between_experts_go_to_the_lowest_index(rows):
+    torch.manual_seed(0)
+    module = MoETransition(16, 4, 2)
+    for parameter in module.router.parameters():
+        parameter.data.zero_()
+    z, w = torch.randn(2, rows, 16).unbind(0)
+    right = gradients(module, lambda m, a, c: run(m, a, 0, c, backend="torch"), z, None, w)
+    got = gradients(module, lambda m, a, c: run(m, a, 0, c), z, None, w)
+    for a, b in zip(got, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
 def test_two_runs_give_the_same_bits():
     torch.manual_seed(0)
     module = MoETransition(32, 5, 3)
@@ -425,7 +462,14 @@ def test_bad_input_is_named():
         ({"step": torch.zeros(1, dtype=torch.long, device="meta")}, "step is on meta"),
         ({"step": torch.zeros(3, dtype=torch.long)}, "step has 3 elements"),
         ({"step": torch.zeros(2)}, "step must be int32 or int64"),
-        ({"step": -1}, "step must be 0 or more, got -1"),
+        ({"step": -1}, "step must be 0 or more .*, got -1"),
+        ({"step": 2**63}, "step must be 0 or more and fit int64"),
+        ({"step": 1.5}, "step must be an int or an integer tensor, got 1.5"),
+        ({"step": True}, "step must be an int or an integer tensor, got True"),
+        ({"top_k": True}, "top_k must be 1 … 4, an int, got True"),
+        ({"top_k": 2.0}, "top_k must be 1 … 4, an int, got 2.0"),
+        ({"excluded": [0]}, "excluded must be a bool mask .*, got a list; .*exclusion_mask"),
+        ({"weights": replace(weights, fc2_bias=weights.fc2_bias[:3])}, "fc2_bias has 3 experts"),
         ({"top_k": 0}, "top_k must be 1 … 4"),
         ({"top_k": 5}, "top_k must be 1 … 4"),
         ({"excluded": torch.zeros(3, dtype=torch.bool)}, r"excluded must be a bool mask \[4\]"),

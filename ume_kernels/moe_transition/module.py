@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
 
-from ume_kernels.moe_transition.op import Balance, moe_transition
+from ume_kernels.moe_transition.op import Balance, check_arguments, moe_transition
 from ume_kernels.moe_transition.reference import auxiliary, clamp_step, mix_experts, route
 from ume_kernels.moe_transition.weights import MoEWeights, SharedExpert, packed_view
 
@@ -27,12 +29,35 @@ class ExpertMLP(nn.Module):
         return self.fc2(nn.functional.dropout(hidden, self.dropout, self.training))
 
 
+def _linears(name: str, module: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+    """Both layers of an expert, if their parameters are all there is to it."""
+    linears = (module.fc1, module.fc2) if isinstance(module, ExpertMLP) else None
+    if not linears or any(type(linear).forward is not nn.Linear.forward for linear in linears):
+        inside = [type(linear).__name__ for linear in linears or ()]
+        raise TypeError(
+            f"{name} is a {type(module).__name__}{inside or ''}, not an ExpertMLP of two "
+            "nn.Linear: its parameters are read and its forward is not called, so what wraps it "
+            "would be lost. Merge the wrapper into the weights (LoRA: merge_and_unload) or take "
+            "it off"
+        )
+    return linears
+
+
+def _repack(module: nn.Module, _: Any = None) -> None:
+    # What cannot be packed is an error where it is computed or packed on request, not here.
+    if isinstance(module, MoETransition) and module._packed:
+        with suppress(TypeError, ValueError):
+            module.pack_experts()
+
+
 class MoETransition(nn.Module):
     """Latent transition adapter of PLUME.
 
     Constructor arguments, state-dict keys and the ``(output, aux)`` result are those of the
     official module (``VLM2Vec/src/model/latent_moe.py``), so it takes its place and its
-    checkpoints.
+    checkpoints. Experts are read, not called: their forward hooks do not run (but while dropout
+    acts), and a wrapped expert is an error. The kernels take at most 16 experts and a width that
+    is a multiple of 16; PyTorch runs others.
 
     Args:
         hidden_size: width D of the latent state.
@@ -45,6 +70,7 @@ class MoETransition(nn.Module):
 
     Raises:
         ValueError: fewer experts remain after exclusion than ``top_k``.
+        TypeError: when used or packed, an expert is not an ``ExpertMLP`` of two ``nn.Linear``.
     """
 
     _router_exclude_mask: torch.Tensor
@@ -67,9 +93,9 @@ class MoETransition(nn.Module):
         self.step_embed_max_steps = max(int(step_embed_max_steps), 1)
         self.dropout = float(dropout)
 
-        mask = self._mask_of(excluded_expert_indices or ())
+        self._excluded = tuple(int(index) for index in excluded_expert_indices or ())
+        mask = self._mask_of(self._excluded)
         self.register_buffer("_router_exclude_mask", mask, persistent=False)
-        self._any_excluded = bool(excluded_expert_indices)
 
         self.ln = nn.LayerNorm(self.hidden_size)
         self.step_embed = nn.Embedding(self.step_embed_max_steps, self.hidden_size)
@@ -79,30 +105,57 @@ class MoETransition(nn.Module):
         )
         self.shared_expert = ExpertMLP(self.hidden_size, dropout) if use_shared_expert else None
         self._packed = False
+        self.register_load_state_dict_post_hook(_repack)
 
     def pack_experts(self) -> MoETransition:
         """Move the experts' parameters into one storage each, in place, for inference.
 
         Kernels then take them stacked without a copy per call. Parameters keep their names,
-        identity and values and remain what ``load_state_dict`` or an optimizer writes to; ``to``
-        and the like move them and pack them again. What replaces a parameter undoes the packing:
-        results stay right, the copies come back.
+        identity and values and remain what ``load_state_dict`` or an optimizer writes to. ``to``
+        and the like, loading, copying and pickling pack them again; what else replaces a parameter
+        undoes the packing: results stay right, the copies come back.
+
+        Raises:
+            TypeError: an expert is not an ``ExpertMLP`` of two ``nn.Linear``.
+            ValueError: an expert's dtype, device or shape is not that of the first.
         """
+        weights = self._experts()
+        for name, parameters in weights.items():
+            first = parameters[0]
+            for number, p in enumerate(parameters):
+                if (p.dtype, p.device, p.shape) != (first.dtype, first.device, first.shape):
+                    raise ValueError(
+                        f"experts.{number}.{name} is {p.dtype} {list(p.shape)} on {p.device}, that "
+                        f"of expert 0 {first.dtype} {list(first.shape)} on {first.device}: they "
+                        "cannot share a storage"
+                    )
         self._packed = True
-        linears = [(e.fc1, e.fc2) for e in self.experts if isinstance(e, ExpertMLP)]
-        for layer in zip(*linears, strict=True):
-            for name in ("weight", "bias"):
-                parameters = [getattr(linear, name) for linear in layer]
-                if parameters[0].is_meta or packed_view(parameters) is not None:
-                    continue
-                stack = torch.stack([p.data for p in parameters])
-                for parameter, part in zip(parameters, stack, strict=True):
-                    parameter.data = part
+        for parameters in weights.values():
+            if parameters[0].is_meta or packed_view(parameters) is not None:
+                continue
+            stack = torch.stack([p.data for p in parameters])
+            for parameter, part in zip(parameters, stack, strict=True):
+                parameter.data = part
         return self
+
+    def _experts(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        layers = [_linears(f"experts.{i}", module) for i, module in enumerate(self.experts)]
+        return {
+            "fc1.weight": tuple(fc1.weight for fc1, _ in layers),
+            "fc1.bias": tuple(fc1.bias for fc1, _ in layers),
+            "fc2.weight": tuple(fc2.weight for _, fc2 in layers),
+            "fc2.bias": tuple(fc2.bias for _, fc2 in layers),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # deepcopy and pickle give every parameter a storage of its own
+        super().__setstate__(state)
+        _repack(self)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> MoETransition:
         super()._apply(fn, recurse)
-        return self.pack_experts() if self._packed else self
+        _repack(self)
+        return self
 
     def _mask_of(self, excluded: Sequence[int]) -> torch.Tensor:
         chosen = sorted({int(index) for index in excluded})
@@ -122,29 +175,34 @@ class MoETransition(nn.Module):
         """Bool mask ``[E]`` on the module's device for a per-call exclusion, None for none.
 
         Raises:
-            ValueError: an index does not exist, or too few experts would remain.
+            ValueError: an index does not exist, or too few experts would remain of those that the
+                constructor did not exclude.
         """
         if not excluded:
-            return self._router_exclude_mask if self._any_excluded else None
-        return self._mask_of(excluded).to(self.router.weight.device) | self._router_exclude_mask
+            return self._router_exclude_mask if self._excluded else None
+        return self._mask_of((*self._excluded, *excluded)).to(self.router.weight.device)
 
     def weights(self) -> MoEWeights:
-        """The parameters as the functional op takes them; no copy."""
-        experts = [e for e in self.experts if isinstance(e, ExpertMLP)]
+        """The parameters as the functional op takes them; no copy.
+
+        Raises:
+            TypeError: an expert is not an ``ExpertMLP`` of two ``nn.Linear``, but wraps one, say.
+        """
         shared = None
         if self.shared_expert is not None:
-            s = self.shared_expert
-            shared = SharedExpert(s.fc1.weight, s.fc1.bias, s.fc2.weight, s.fc2.bias)
+            fc1, fc2 = _linears("shared_expert", self.shared_expert)
+            shared = SharedExpert(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        experts = self._experts()
         return MoEWeights(
             self.ln.weight,
             self.ln.bias,
             self.step_embed.weight,
             self.router.weight,
             self.router.bias,
-            tuple(e.fc1.weight for e in experts),
-            tuple(e.fc1.bias for e in experts),
-            tuple(e.fc2.weight for e in experts),
-            tuple(e.fc2.bias for e in experts),
+            experts["fc1.weight"],
+            experts["fc1.bias"],
+            experts["fc2.weight"],
+            experts["fc2.bias"],
             shared,
             self.ln.eps,
         )
@@ -186,9 +244,10 @@ class MoETransition(nn.Module):
         balance: Balance,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         # Dropout draws inside each expert, which the functional op does not know.
+        weights, mask = self.weights(), self.exclusion_mask(excluded)
+        check_arguments(z, context, step, weights, self.top_k, mask, balance)
         step_ids = clamp_step(step, z.shape[0], self.step_embed_max_steps, z.device)
-        mask = self.exclusion_mask(excluded)
-        routing = route(z, context, step_ids, self.weights(), self.top_k, mask)
+        routing = route(z, context, step_ids, weights, self.top_k, mask)
         u = self.ln(z).to(z.dtype)
         every = torch.stack([expert(u) for expert in self.experts])
         rows = torch.arange(z.shape[0], device=z.device)

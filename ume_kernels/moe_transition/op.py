@@ -97,7 +97,7 @@ def moe_transition(
         ValueError: a shape, dtype or device does not fit; the message names it.
         BackendError: ``backend`` or ``UME_BACKEND`` asks for one that cannot run.
     """
-    _check(z, context, step, weights, top_k, excluded, balance)
+    check_arguments(z, context, step, weights, top_k, excluded, balance)
     used = [z, context, *_tensors(weights)]
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in used)
     if _wants_triton(z, context, weights, backend):
@@ -108,11 +108,11 @@ def moe_transition(
             *flat(weights),
         )  # fmt: skip
         return out, {"balance_loss": aux[0], "router_entropy": aux[1]}
-    run = (
-        moe_transition_cpu
-        if z.device.type == "cpu" and not needs_grad
-        else moe_transition_reference
-    )
+    # Gathering rows per expert depends on values, which a compiler cannot trace; autocast changes
+    # dtypes on the way, which only the reference follows.
+    gathers = z.is_cpu and not needs_grad
+    gathers &= not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    run = moe_transition_cpu if gathers else moe_transition_reference
     return run(z, context, step, weights, top_k, excluded, balance)
 
 
@@ -138,7 +138,7 @@ def _tensors(weights: MoEWeights) -> list[torch.Tensor]:
     return found
 
 
-def _check(
+def check_arguments(
     z: torch.Tensor,
     context: torch.Tensor | None,
     step: int | torch.Tensor,
@@ -147,13 +147,13 @@ def _check(
     excluded: torch.Tensor | None,
     balance: str,
 ) -> None:
+    """Raise ValueError, with its name, for what does not fit; nothing is read from a device."""
+    _check_shapes(z, weights)
     experts = weights.num_experts
-    if z.ndim != 2 or z.shape[1] != weights.hidden_size:
-        raise ValueError(f"z must be [B, {weights.hidden_size}], got {tuple(z.shape)}")
     if context is not None and context.shape != z.shape:
         raise ValueError(f"context must be {tuple(z.shape)} like z, got {tuple(context.shape)}")
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"top_k must be 1 … {experts}, got {top_k}")
+    if not _is_int(top_k) or not 1 <= top_k <= experts:
+        raise ValueError(f"top_k must be 1 … {experts}, an int, got {top_k!r}")
     if balance not in ("batch", "sample"):
         raise ValueError(f"balance must be 'batch' or 'sample', got {balance!r}")
     if isinstance(step, torch.Tensor):
@@ -163,8 +163,15 @@ def _check(
             raise ValueError(
                 f"step has {step.numel()} elements; expected 1 or one per row ({z.shape[0]})"
             )
-    elif step < 0:
-        raise ValueError(f"step must be 0 or more, got {step}")
+    elif not _is_int(step):
+        raise ValueError(f"step must be an int or an integer tensor, got {step!r}")
+    elif not 0 <= step < 2**63:
+        raise ValueError(f"step must be 0 or more and fit int64, got {step}")
+    if excluded is not None and not isinstance(excluded, torch.Tensor):
+        raise ValueError(
+            f"excluded must be a bool mask [{experts}], got a {type(excluded).__name__}; "
+            "MoETransition.exclusion_mask makes one from indices"
+        )
     for name, tensor in (("context", context), ("step", step), ("excluded", excluded)):
         if isinstance(tensor, torch.Tensor) and tensor.device != z.device:
             raise ValueError(f"{name} is on {tensor.device}, z on {z.device}")
@@ -179,6 +186,52 @@ def _check(
             raise ValueError(f"{name} is {tensor.dtype}, z {z.dtype}")
     if excluded is not None:
         _check_excluded(excluded, experts, top_k)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _check_shapes(z: torch.Tensor, weights: MoEWeights) -> None:
+    # Kernels trust these: with another shape they would read what lies beyond a tensor.
+    router = weights.router_weight.shape
+    # A LayerNorm that alone does not fit z is named below.
+    fits = z.ndim == 2 and (
+        weights.ln_weight.shape == z.shape[1:] or router[-1:] == (2 * z.shape[1],)
+    )
+    if not fits:
+        raise ValueError(f"z must be [B, {weights.hidden_size}], got {tuple(z.shape)}")
+    d, e = z.shape[1], weights.router_bias.numel()
+    steps = max(weights.step_embed.shape[0], 1) if weights.step_embed.ndim else 1
+    expected: list[tuple[str, torch.Tensor, tuple[int, ...]]] = [
+        ("ln_weight", weights.ln_weight, (d,)),
+        ("ln_bias", weights.ln_bias, (d,)),
+        ("step_embed", weights.step_embed, (steps, d)),
+        ("router_weight", weights.router_weight, (e, 2 * d)),
+        ("router_bias", weights.router_bias, (e,)),
+    ]
+    layers = {
+        "fc1_weight": (2 * d, d),
+        "fc1_bias": (2 * d,),
+        "fc2_weight": (d, 2 * d),
+        "fc2_bias": (d,),
+    }
+    for name, shape in layers.items():
+        parts = getattr(weights, name)
+        if isinstance(parts, torch.Tensor):
+            expected.append((name, parts, (e, *shape)))
+        elif len(parts) != e:
+            raise ValueError(f"{name} has {len(parts)} experts, router_bias {e}")
+        else:
+            expected.extend((name, part, shape) for part in parts)
+        if weights.shared is not None:
+            expected.append((f"shared.{name}", getattr(weights.shared, name), shape))
+    for name, tensor, wanted in expected:
+        if tensor.shape != wanted:
+            raise ValueError(
+                f"{name} must be {list(wanted)}, got {list(tensor.shape)}: "
+                f"z has width {d}, router_bias {e} experts"
+            )
 
 
 def _check_excluded(excluded: torch.Tensor, experts: int, top_k: int) -> None:

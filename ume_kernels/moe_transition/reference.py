@@ -65,7 +65,7 @@ def route(
     """Choose experts for ``z`` ``[B, D]``; ``excluded`` is a bool mask ``[E]``.
 
     The softmax runs in float32 (as the official code does under autocast); exclusion sets the
-    logits to -inf before it.
+    logits to -inf before it. Of equally probable experts the one with the lowest index comes first.
     """
     gate_in = z if context is None else z + context
     step_emb = F.embedding(step_ids, weights.step_embed).to(z.dtype)
@@ -75,8 +75,9 @@ def route(
     if excluded is not None:
         logits = logits.masked_fill(excluded, float("-inf"))
     probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
-    top_probs, top_experts = probs.topk(top_k, dim=-1)
-    return Routing(probs, top_probs.to(z.dtype), top_experts)
+    # Not topk: between equal ones it chooses as it likes, and differently from device to device.
+    ordered, experts = probs.sort(dim=-1, descending=True, stable=True)
+    return Routing(probs, ordered[:, :top_k].to(z.dtype), experts[:, :top_k])
 
 
 def auxiliary(probs: torch.Tensor, balance: str = "batch") -> dict[str, torch.Tensor]:

@@ -638,9 +638,9 @@ def forward(
     n_tiles = triton.cdiv(2 * d, tiles["BLOCK_N"])
     arguments = (
         hidden, pre, probs, gates, counter, z, context,
-        step if isinstance(step, torch.Tensor) else None,
+        step.contiguous() if isinstance(step, torch.Tensor) else None,
         weights.step_embed, weights.router_weight, weights.router_bias,
-        excluded.view(torch.uint8) if excluded is not None else None,
+        excluded.contiguous().view(torch.uint8) if excluded is not None else None,
         weights.ln_weight, weights.ln_bias, weights.fc1_weight, weights.fc1_bias,
         shared.fc1_weight if shared else None, shared.fc1_bias if shared else None,
         row_stride(z), row_stride(context) if context is not None else 0,
