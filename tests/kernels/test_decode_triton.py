@@ -356,15 +356,17 @@ def test_operators_are_well_formed():
     arguments = (torch.randn(1, 1, 32), torch.tensor([3]), cos, sin, kv[0], kv[1], *flat)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.ume.decode_layer.default, (*arguments, 2, 1, 16, 1e-6, 8), test_utils=checks
+        torch.ops.ume.decode_layer.default, (*arguments, 2, 1, 16, 1e-6, 8, None), test_utils=checks
     )
     q = torch.randn(1, 1, 2, 16)
     torch.library.opcheck(
         torch.ops.ume.attend_cache.default,
-        (q, kv[0], kv[1], torch.tensor([0]), torch.tensor([4])),
+        (q, kv[0], kv[1], torch.tensor([0]), torch.tensor([4]), None),
         test_utils=checks,
     )
-    got = torch.ops.ume.attend_cache(q, kv[0], kv[1], torch.tensor([0]), torch.tensor([4]))
+    got = torch.ops.ume.attend_cache(
+        q, kv[0], kv[1], torch.tensor([0]), torch.tensor([4]), "triton"
+    )
     expected = attend_cache_reference(q, kv[0], kv[1], torch.tensor([0]), torch.tensor([4]))
     torch.testing.assert_close(got, expected)
 
@@ -390,3 +392,26 @@ def test_counters_belong_to_a_stream_or_to_an_owner():
         assert any(held is owned for held in mine._buffers)
         assert arrival_counters(cpu, 10) is larger
     assert arrival_counters(cpu, 10) is default
+
+
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_compile_passes_over_a_step(backend):
+    torch.manual_seed(0)
+    shape = LayerShape(4, 2, 16, 1e-6)
+    weights = make_layer(48, shape, 40, torch.float32)
+    rope, slots = tables(shape, 24), torch.tensor([0, 2])
+
+    def step_and_look(hidden, kv, lengths):
+        step = decode_step(lengths, 2, 24, rope, shape, hidden.dtype)
+        out = decode_layer(hidden, step, kv[0], kv[1], weights, shape, backend=backend)
+        q = out[:2, :1, :].view(2, 1, 3, 16)[:, :, :2]
+        return out, attend_cache(q, kv[0], kv[1], slots, lengths[:2], backend=backend)
+
+    compiled = torch.compile(step_and_look, fullgraph=True, backend="aot_eager")
+    for lengths in ([3, 7, 11], [1, 20, 5]):
+        hidden, kv = torch.randn(3, 2, 48), torch.randn(2, 3, 2, 24, 16)
+        theirs, mine = kv.clone(), kv.clone()
+        expected = step_and_look(hidden, theirs, torch.tensor(lengths))
+        got = compiled(hidden, mine, torch.tensor(lengths))
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(mine, theirs)

@@ -93,6 +93,7 @@ def _decode_layer_op(
     head_dim: int,
     rms_eps: float,
     max_length: int,
+    backend: str | None,
 ) -> torch.Tensor:
     weights = DecoderLayerWeights(
         input_norm, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, o_weight, post_norm,
@@ -101,7 +102,7 @@ def _decode_layer_op(
     shape = LayerShape(num_heads, num_kv_heads, head_dim, rms_eps)
     rope = (cos_table, sin_table)
     step = decode_step(lengths, hidden.shape[1], max_length, rope, shape, hidden.dtype)
-    return _layer(hidden, step, keys, values, weights, None)
+    return _layer(hidden, step, keys, values, weights, backend)
 
 
 @_decode_layer_op.register_fake
@@ -127,6 +128,9 @@ def _layer(
     def reference() -> torch.Tensor:
         return decode_layer_reference(hidden, step, keys, values, weights, step.shape)
 
+    chosen = dispatch.select("decode", hidden, keys, values, *_flat(weights), backend=backend)
+    if chosen is not Backend.TRITON:
+        return reference()
     return triton_backend.attempt("decode", kernels, reference, backend, hidden.device)
 
 
@@ -202,15 +206,23 @@ def decode_layer(
     if batch == 0:
         return torch.empty_like(hidden)
     flat = _flat(weights)
-    chosen = dispatch.select("decode", hidden, keys, values, *flat, backend=backend)
-    if chosen is not Backend.TRITON:
-        return decode_layer_reference(hidden, step, keys, values, weights, shape)
-    if backend is not None:  # insisted on: a failure to compile is the caller's to see
-        return _layer(hidden, step, keys, values, weights, backend)
-    return _decode_layer_op(
-        hidden, step.lengths, step.cos_table, step.sin_table, keys, values, *flat,
-        shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rms_eps, step.max_length,
-    )  # fmt: skip
+    if _traced((hidden, keys, values, *flat)):
+        return _decode_layer_op(
+            hidden, step.lengths, step.cos_table, step.sin_table, keys, values, *flat,
+            shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rms_eps, step.max_length,
+            None if backend is None else str(backend),
+        )  # fmt: skip
+    return _layer(hidden, step, keys, values, weights, backend)
+
+
+def _traced(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether to leave an operator in a graph, which chooses when the graph runs.
+
+    A graph that needs gradients is PyTorch's.
+    """
+    return torch.compiler.is_compiling() and not (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    )
 
 
 def attend_cache(
@@ -250,12 +262,10 @@ def attend_cache(
     if rows == 0:
         return torch.empty_like(q)
     _check_slots(slots, keys.shape[0])
-    chosen = dispatch.select("decode", q, keys, values, backend=backend)
-    if chosen is not Backend.TRITON:
-        return attend_cache_reference(q, keys, values, slots, lengths)
-    if backend is not None:
-        return _attend(q, keys, values, slots, lengths, backend)
-    return _attend_cache_op(q, keys, values, slots, lengths)
+    if _traced((q, keys, values)):
+        wanted = None if backend is None else str(backend)
+        return _attend_cache_op(q, keys, values, slots, lengths, wanted)
+    return _attend(q, keys, values, slots, lengths, backend)
 
 
 def _check_slots(slots: torch.Tensor, count: int) -> None:
@@ -283,6 +293,8 @@ def _attend(
     def reference() -> torch.Tensor:
         return attend_cache_reference(q, keys, values, slots, lengths)
 
+    if dispatch.select("decode", q, keys, values, backend=backend) is not Backend.TRITON:
+        return reference()
     return triton_backend.attempt("decode", kernels, reference, backend, q.device)
 
 
@@ -293,8 +305,9 @@ def _attend_cache_op(
     values: torch.Tensor,
     slots: torch.Tensor,
     lengths: torch.Tensor,
+    backend: str | None,
 ) -> torch.Tensor:
-    return _attend(q, keys, values, slots, lengths, None)
+    return _attend(q, keys, values, slots, lengths, backend)
 
 
 @_attend_cache_op.register_fake
