@@ -27,8 +27,12 @@ def official_transition(
     step: int,
     context: torch.Tensor | None,
     excluded: tuple[int, ...],
-) -> torch.Tensor:
-    """The adapter as the official module loops over it, boolean masks and host reads included."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The adapter as the official module loops over it, boolean masks and host reads included.
+
+    Returns:
+        ``z' [B, D]`` and the router's probabilities ``[B, E]``.
+    """
     step_ids = torch.full((z.shape[0],), step, device=z.device)
     embedded = adapter.step_embed(step_ids.clamp(0, adapter.step_embed_max_steps - 1)).to(z.dtype)
     gate_in = z + (torch.zeros_like(z) if context is None else context)
@@ -49,7 +53,7 @@ def official_transition(
             if rows.any():
                 chosen[rows] = expert(u[rows])
         expert_mix = expert_mix + top_probs[:, slot, None].to(u.dtype) * chosen
-    return z + (mixed + expert_mix)
+    return z + (mixed + expert_mix), probs
 
 
 class ReferenceEngine:
@@ -113,7 +117,7 @@ class ReferenceEngine:
         for step in range(plan.steps):
             fed = z
             if self.adapter is not None:
-                fed = official_transition(self.adapter, z, step, context, plan.excluded)
+                fed = official_transition(self.adapter, z, step, context, plan.excluded)[0]
             z = self._advance(fed[:, None], length, cache)[:, -1]
             length += 1
             latents.append(z)
