@@ -123,18 +123,10 @@ def rms_norm(
 
 
 def _rope_append(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
-    backend: Backend | str | None = None,
+    arguments: tuple[torch.Tensor, ...], backend: Backend | str | None = None
 ) -> torch.Tensor:
-    arguments = (q, k, v, cos, sin, keys, values, slots, positions)
+    """``rope_append`` of its nine tensors, in their order."""
+    q, k, v, _, _, keys, values, _, _ = arguments
     chosen = dispatch.select("rope_append", q, k, v, keys, values, backend=backend)
     if chosen is Backend.TORCH:
         return rope_append_reference(*arguments)
@@ -161,7 +153,7 @@ def _rope_append_op(
     slots: torch.Tensor,
     positions: torch.Tensor,
 ) -> torch.Tensor:
-    return _rope_append(q, k, v, cos, sin, keys, values, slots, positions)
+    return _rope_append((q, k, v, cos, sin, keys, values, slots, positions))
 
 
 @_rope_append_op.register_fake
@@ -247,7 +239,7 @@ def rope_append(
         if backend is None and q.is_cuda and not _needs_grad(arguments):
             return _rope_append_op(*arguments)
         return rope_append_reference(*arguments)
-    return _rope_append(*arguments, backend)
+    return _rope_append(arguments, backend)
 
 
 def _silu_mul(

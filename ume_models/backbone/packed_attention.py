@@ -42,7 +42,13 @@ class Span:
 
 
 class Attention(Protocol):
-    """Attention of one prefill; called once per layer."""
+    """Attention of one prefill; called once per layer.
+
+    Attributes:
+        wanted: int64 ``[R]`` on the device, packed indices of the tokens that are read.
+    """
+
+    wanted: torch.Tensor
 
     def __call__(
         self,
@@ -206,7 +212,7 @@ class PackedAttention:
                 to_device(at, device, torch.int64),
                 to_device(where, device, torch.int64),
             )
-        self._wanted = to_device(list(wanted), device, torch.int64)
+        self.wanted = to_device(list(wanted), device, torch.int64)
 
     def __call__(
         self,
@@ -219,8 +225,8 @@ class PackedAttention:
     ) -> torch.Tensor:
         q = rope_append(q, k, v, self._cos, self._sin, keys, values, self._slots, self._positions)
         if last:
-            slots, seen = self._slots[self._wanted], self._positions[self._wanted] + 1
-            return attend_cache(q[self._wanted][:, None], keys, values, slots, seen)[:, 0]
+            slots, seen = self._slots[self.wanted], self._positions[self.wanted] + 1
+            return attend_cache(q[self.wanted][:, None], keys, values, slots, seen)[:, 0]
         at = self._gather or (self._slots, self._positions)
         return attend_packed(
             q,
@@ -252,7 +258,7 @@ class RowAttention:
         self._cos, self._sin = cos[:, None], sin[:, None]
         self._all = _all_queries(spans, device)
         self._some = _wanted_queries(spans, wanted, device)
-        self._wanted = to_device(list(wanted), device, torch.int64)
+        self.wanted = to_device(list(wanted), device, torch.int64)
 
     def __call__(
         self,
@@ -270,7 +276,7 @@ class RowAttention:
             keys[span.slot, :, into] = k[new].transpose(0, 1)
             values[span.slot, :, into] = v[new].transpose(0, 1)
         if last:
-            picked = self._wanted
+            picked = self.wanted
             q = apply_rope(q[picked], self._cos[picked], self._sin[picked])
         else:
             q = apply_rope(q, self._cos, self._sin)

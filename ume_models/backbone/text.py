@@ -19,7 +19,7 @@ from ume_kernels.linear import linear
 from ume_kernels.prefill import rms_norm, silu_mul_
 from ume_models.backbone.config import BackboneConfig
 from ume_models.backbone.mrope import mrope_cos_sin
-from ume_models.backbone.packed_attention import Span, choose_attention, to_device
+from ume_models.backbone.packed_attention import Span, choose_attention
 
 __all__ = ["RopeTable", "Span", "TextModel"]
 
@@ -152,13 +152,12 @@ class TextModel(nn.Module):
         hidden = embeds
         last = len(self.layers) - 1
         gate, up = embeds.new_empty(2, embeds.shape[0], self.config.intermediate_size).unbind(0)
-        picked = to_device(wanted, embeds.device, torch.int64)
         for number, w in enumerate(self.layer_weights()):
             normed = rms_norm(hidden, w.input_norm, self.shape.rms_eps)
             q, k, v = project_qkv(normed, w, self.shape)
             mixed = attention(q, k, v, cache[number, 0], cache[number, 1], number == last)
             if number == last:
-                hidden = hidden[picked]
+                hidden = hidden[attention.wanted]
             hidden = hidden + linear(mixed.flatten(1), w.o_weight)
             hidden = _mlp(hidden, w, self.shape, gate[: len(hidden)], up[: len(hidden)])
         return self.final_norm(hidden)
