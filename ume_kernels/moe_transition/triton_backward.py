@@ -18,8 +18,8 @@ from ume_kernels.moe_transition.triton_kernels import (
     gelu,
     row_stride,
     tile_config,
-    used_experts,
 )
+from ume_kernels.moe_transition.triton_routing import used_experts
 from ume_kernels.moe_transition.weights import MoEWeights
 
 GRAD_HIDDEN_BUDGET = Budget(registers=128, shared=50_000, blocks_per_sm=2)

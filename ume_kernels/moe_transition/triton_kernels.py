@@ -23,6 +23,12 @@ import triton
 import triton.language as tl
 
 from ume_kernels.aot import Budget
+from ume_kernels.moe_transition.triton_routing import (
+    auxiliary_losses,
+    route_experts,
+    store_routing,
+    used_experts,
+)
 from ume_kernels.moe_transition.weights import MoEWeights
 from ume_kernels.tuning import config
 
@@ -75,98 +81,6 @@ def _normalised(
     weight = tl.load(ln_weight_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
     bias = tl.load(ln_bias_ptr + k, mask=k_mask, other=0.0).to(tl.float32)
     return (x - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-
-
-@triton.jit
-def _route(
-    z_ptr,
-    context_ptr,
-    step_ptr,
-    step_embed_ptr,
-    router_weight_ptr,
-    router_bias_ptr,
-    excluded_ptr,
-    z_stride,
-    context_stride,
-    step_value,
-    max_steps,
-    rows,
-    row_mask,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    TOP_K: tl.constexpr,
-    STEP_PER_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Probabilities ``[ROWS, BLOCK_E]`` over all experts, and the same with 0 where not chosen."""
-    experts = tl.arange(0, BLOCK_E)
-    real = experts < E
-    cols = tl.arange(0, BLOCK_D)
-    if step_ptr is not None:
-        step = tl.load(step_ptr + rows * STEP_PER_ROW, mask=row_mask, other=0).to(tl.int64)
-    else:
-        step = tl.zeros_like(rows).to(tl.int64) + step_value
-    step = tl.minimum(tl.maximum(step, 0), max_steps - 1)
-    acc = tl.zeros([ROWS, BLOCK_E, BLOCK_D], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + cols
-        mask = row_mask[:, None] & (d < D)[None, :]
-        at = rows[:, None].to(tl.int64)
-        x = tl.load(z_ptr + at * z_stride + d[None, :], mask=mask, other=0.0)
-        if context_ptr is not None:
-            # in the dtype of z, as the definition adds them: the choice hangs on it
-            there = context_ptr + at * context_stride + d[None, :]
-            added = x.to(tl.float32) + tl.load(there, mask=mask, other=0.0).to(tl.float32)
-            x = added.to(x.dtype)
-        emb = tl.load(step_embed_ptr + step[:, None] * D + d[None, :], mask=mask, other=0.0)
-        where = router_weight_ptr + experts[:, None] * (2 * D) + d[None, :]
-        w_mask = real[:, None] & (d < D)[None, :]
-        w_x = tl.load(where, mask=w_mask, other=0.0).to(tl.float32)
-        w_emb = tl.load(where + D, mask=w_mask, other=0.0).to(tl.float32)
-        acc += x.to(tl.float32)[:, None, :] * w_x[None, :, :]
-        acc += emb.to(tl.float32)[:, None, :] * w_emb[None, :, :]
-    bias = tl.load(router_bias_ptr + experts, mask=real, other=0.0).to(tl.float32)
-    logits = tl.sum(acc, axis=2) + bias[None, :]
-    allowed = real
-    if excluded_ptr is not None:
-        allowed = allowed & (tl.load(excluded_ptr + experts, mask=real, other=1) == 0)
-    logits = tl.where(allowed[None, :], logits, float("-inf"))
-    powers = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    probs = powers / tl.sum(powers, axis=1)[:, None]
-    # k times the largest, the lowest index where several are
-    left = tl.where(real[None, :], probs, -1.0)
-    # NaN is never the largest: kept, so that it shows in the output
-    chosen = probs != probs
-    for _ in tl.static_range(TOP_K):
-        best = tl.max(left, axis=1)
-        first = tl.min(tl.where(left == best[:, None], experts[None, :], BLOCK_E), axis=1)
-        this = experts[None, :] == first[:, None]
-        chosen = chosen | this
-        left = tl.where(this, -1.0, left)
-    return probs, tl.where(chosen & real[None, :], probs, 0.0)
-
-
-@triton.jit
-def _store_routing(
-    probs_ptr,
-    gates_ptr,
-    probs,
-    gates,
-    rows,
-    row_mask,
-    E: tl.constexpr,
-    HAS_SHARED: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    experts = tl.arange(0, BLOCK_E)
-    mask = row_mask[:, None] & (experts < E)[None, :]
-    tl.store(probs_ptr + rows[:, None] * E + experts[None, :], probs, mask=mask)
-    width: tl.constexpr = E + HAS_SHARED
-    tl.store(gates_ptr + rows[:, None] * width + experts[None, :], gates, mask=mask)
-    if HAS_SHARED:
-        tl.store(gates_ptr + rows * width + E, tl.zeros_like(rows).to(tl.float32) + 1, row_mask)
 
 
 @triton.jit
@@ -240,47 +154,6 @@ def _store_hidden(
         tl.store(pre_ptr + at, acc.to(dtype), mask=mask)
 
 
-@triton.jit
-def used_experts(gates, axis: tl.constexpr):  # noqa: ANN201
-    """1 for every expert that some row of the tile chose, and its place among those."""
-    used = tl.max((gates != 0.0).to(tl.int32), axis=axis)
-    return used, tl.cumsum(used, axis=0) - used
-
-
-@triton.jit
-def _auxiliary(
-    aux_ptr,
-    probs_ptr,
-    B,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PER_SAMPLE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """``[balance loss, router entropy]``, see ``reference.auxiliary``."""
-    experts = tl.arange(0, BLOCK_E)
-    real = experts < E
-    sums = tl.zeros([BLOCK_E], tl.float32)
-    squares = tl.zeros([BLOCK_E], tl.float32)
-    entropy = tl.zeros([BLOCK_E], tl.float32)
-    for start in range(0, B, BLOCK_B):
-        rows = start + tl.arange(0, BLOCK_B)
-        mask = (rows < B)[:, None] & real[None, :]
-        p = tl.load(probs_ptr + rows[:, None] * E + experts[None, :], mask=mask, other=0.0)
-        sums += tl.sum(p, axis=0)
-        off = tl.where(mask, p - 1.0 / E, 0.0)
-        squares += tl.sum(off * off, axis=0)
-        entropy += tl.sum(p * tl.log(tl.maximum(p, 1e-8)), axis=0)
-    rows_f = B * 1.0
-    if PER_SAMPLE:
-        balance = tl.sum(squares, axis=0) / (rows_f * E)
-    else:
-        off = tl.where(real, sums / rows_f - 1.0 / E, 0.0)
-        balance = tl.sum(off * off, axis=0) / E
-    tl.store(aux_ptr, balance)
-    tl.store(aux_ptr + 1, -tl.sum(entropy, axis=0) / rows_f)
-
-
 # ---------------------------------------------------------------------------------- forward
 
 
@@ -343,14 +216,14 @@ def fc1_selected_kernel(
         weight_ptr = shared_weight_ptr
         bias_ptr = shared_bias_ptr
     else:
-        probs, gates = _route(
+        probs, gates = route_experts(
             z_ptr, context_ptr, step_ptr, step_embed_ptr, router_weight_ptr, router_bias_ptr,
             excluded_ptr, z_stride, context_stride, step_value, max_steps, rows, row_mask,
             D, E, TOP_K, STEP_PER_ROW, ROWS, BLOCK_E, BLOCK_ROUTE,
         )  # fmt: skip
         if tl.program_id(0) == HAS_SHARED * TILES:
             _clear(counter_ptr, counters)
-            _store_routing(
+            store_routing(
                 probs_ptr, gates_ptr, probs, gates, rows, row_mask, E, HAS_SHARED, BLOCK_E
             )
         used, place = used_experts(tl.where(row_mask[:, None], gates, 0.0), 0)
@@ -417,12 +290,12 @@ def fc1_all_kernel(
         if pid == 0:
             _clear(counter_ptr, counters)
         routed = pid * ROUTE + tl.arange(0, ROUTE)
-        probs, gates = _route(
+        probs, gates = route_experts(
             z_ptr, context_ptr, step_ptr, step_embed_ptr, router_weight_ptr, router_bias_ptr,
             excluded_ptr, z_stride, context_stride, step_value, max_steps, routed, routed < B,
             D, E, TOP_K, STEP_PER_ROW, ROUTE, BLOCK_E, BLOCK_ROUTE,
         )  # fmt: skip
-        _store_routing(
+        store_routing(
             probs_ptr, gates_ptr, probs, gates, routed, routed < B, E, HAS_SHARED, BLOCK_E
         )
     else:
@@ -485,7 +358,7 @@ def fc2_kernel(
     WIDTH: tl.constexpr = E + HAS_SHARED
     pid = tl.program_id(0)
     if pid == 0:
-        _auxiliary(aux_ptr, probs_ptr, B, E, BLOCK_E, PER_SAMPLE, 32)
+        auxiliary_losses(aux_ptr, probs_ptr, B, E, BLOCK_E, PER_SAMPLE, 32)
     else:
         row_tiles = tl.cdiv(B, ROWS)
         split = (pid - 1) % SPLITS
