@@ -86,10 +86,8 @@ def always(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
     return None
 
 
-_OPERATIONS: dict[str, dict[Backend, Check]] = {
-    # Plain PyTorch so far. An operation with kernels registers itself from its op.py.
-    "similarity_topk": {Backend.TORCH: always},
-}
+# An operation registers itself from its package.
+_OPERATIONS: dict[str, dict[Backend, Check]] = {}
 
 
 def register(op: str, backends: Mapping[Backend, Check]) -> None:

@@ -33,6 +33,7 @@ def test_results_are_ranked_by_inner_product(
     queries = write_items({"text": "text 3"}, {"image": "media/blue.png"}, name="q.jsonl")
     result = ume("search", "--index", index, "--queries", queries, "-k", 4, "--json", "-")
     assert result.exit_code == 0, result.stderr
+    assert "searched 11 items: exact, " in result.stderr
     answers = json.loads(result.stdout)
     items = [Item(f"text {n}") for n in range(8)]
     items += [Item("", (pictures / f"{name}.png",)) for name in ("red", "green", "blue")]

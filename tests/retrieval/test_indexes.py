@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ume_models.errors import StoreError, UmeError
-from ume_models.retrieval import ExactIndex, FaissIndex, Index
+from ume_models.retrieval import ExactIndex, FaissIndex, Index, local_rankings
 
 
 def vectors(rows: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
@@ -159,3 +159,105 @@ def test_another_kind_of_index_is_refused(tmp_path: Path) -> None:
         FaissIndex.load(tmp_path)
     with pytest.raises(FileNotFoundError):
         ExactIndex.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_only_what_is_allowed_is_found(kind: Any, share: float) -> None:
+    index, queries = kind(vectors(60), names(60)), vectors(3, seed=4)
+    scores = queries.numpy() @ vectors(60).numpy().T
+    generator = torch.Generator().manual_seed(5)
+    for shape in ((60,), (3, 60)):
+        allowed = torch.rand(shape, generator=generator) < share
+        result = index.search(queries, 30, allowed=allowed)
+        for i in range(3):
+            mask = allowed.expand(3, -1)[i].numpy()
+            order = [row for row in np.argsort(-scores[i], kind="stable") if mask[row]][:30]
+            assert result.rows[i].tolist() == [*order, *[-1] * (30 - len(order))]
+            assert result.ids[i] == [f"item {row}" for row in order]
+            assert bool((result.scores[i, len(order) :] == float("-inf")).all())
+
+
+def test_each_query_ranks_its_own_candidates(kind: Any) -> None:
+    index, queries = kind(vectors(60), names(60)), vectors(3, seed=4)
+    lists = [[], ["item 7"], ["item 9", "item 3", "item 9", "item 50"]]
+    scores = queries.numpy() @ vectors(60).numpy().T
+    expected = [
+        sorted(set(ids), key=lambda n: -scores[i, int(n[5:])]) for i, ids in enumerate(lists)
+    ]
+    result = index.search(queries, 2, candidates=lists)
+    assert result.ids == [ids[:2] for ids in expected]
+    assert result.rows[0].tolist() == [-1, -1]
+    assert local_rankings(index, queries, lists) == expected
+    assert local_rankings(index, queries, [[], [], []]) == [[], [], []]
+    mask = torch.ones(60, dtype=torch.bool)
+    mask[3] = False
+    found = index.search(queries, 4, candidates=lists, allowed=mask).ids[2]
+    assert found == [name for name in expected[2] if name != "item 3"]
+
+
+def test_candidates_must_name_one_row(kind: Any) -> None:
+    index = kind(vectors(4), ["a", "b", "a", "c"])
+    assert len(index.search(vectors(1), 4).ids[0]) == 4  # both rows of "a" are found
+    with pytest.raises(ValueError, match="'a' stands for several rows"):
+        index.search(vectors(1), 1, candidates=[["b", "a"]])
+    with pytest.raises(ValueError, match="'x' is not in the index"):
+        index.search(vectors(1), 1, candidates=[["x"]])
+    with pytest.raises(ValueError, match="1 lists of candidates for 2 queries"):
+        index.search(vectors(2), 1, candidates=[["b"]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_mapped_index_stays_in_its_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    index = ExactIndex(vectors(500).to(dtype), names(500))
+    index.save(tmp_path)
+    mapped = ExactIndex.load(tmp_path, mapped=True)
+    assert mapped.device.type == "cpu"
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(tmp_path / "index.safetensors") in maps.read_text()
+    lists = [["item 3", "item 400"], ["item 1"]]
+    for options in ({}, {"candidates": lists}, {"allowed": torch.arange(500) % 2 == 0}):
+        got = mapped.search(vectors(2, seed=6), 5, **options)
+        expected = index.search(vectors(2, seed=6), 5, **options)
+        assert torch.equal(got.scores, expected.scores)
+        assert got.ids == expected.ids
+    mapped.save(tmp_path)  # over the file it is read from
+    assert ExactIndex.load(tmp_path).search(vectors(1), 3).ids == index.search(vectors(1), 3).ids
+    held = mapped.to("cpu")
+    assert held.search(vectors(1), 3).ids == index.search(vectors(1), 3).ids
+
+
+def test_the_dtype_is_kept(tmp_path: Path) -> None:
+    ExactIndex(vectors(8).bfloat16(), names(8)).save(tmp_path)
+    half = (tmp_path / "index.safetensors").stat().st_size
+    ExactIndex(vectors(8), names(8), device="cpu").save(tmp_path)
+    assert (tmp_path / "index.safetensors").stat().st_size - half == 8 * 16 * 2
+
+
+def test_a_mapped_index_does_not_move_while_it_loads(tmp_path: Path) -> None:
+    ExactIndex(vectors(8), names(8)).save(tmp_path)
+    with pytest.raises(ValueError, match="stays in its file or goes to a device"):
+        ExactIndex.load(tmp_path, mapped=True, device="cuda")
+
+
+def test_a_gpu_index_needs_a_faiss_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    faiss = pytest.importorskip("faiss")
+    monkeypatch.delattr(faiss, "StandardGpuResources", raising=False)
+    with pytest.raises(UmeError, match="pip install faiss-gpu-cu12"):
+        FaissIndex(vectors(8), names(8), gpu=True)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    with pytest.raises(UmeError, match="finds no GPU"):
+        FaissIndex(vectors(8), names(8), gpu=True)
+    copied = []
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: copied.append(index) or index)
+    index = FaissIndex(vectors(8), names(8), gpu=True)
+    assert len(copied) == 1
+    assert index.description == "faiss Flat on the GPUs"
+    assert index.search(vectors(8), 1).rows.flatten().tolist() == list(range(8))
+
+
+def test_descriptions_name_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = ExactIndex(vectors(8), names(8))
+    monkeypatch.setenv("UME_BACKEND", "similarity_topk:torch")
+    assert index.description == "exact, torch backend"

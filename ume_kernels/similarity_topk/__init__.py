@@ -1,4 +1,4 @@
-"""Exact top-k by inner product: ties go to the lowest index, memory is bounded by chunks."""
+"""Exact top-k by inner product: ties go to the lowest index, the scores are never stored."""
 
 from ume_kernels.similarity_topk.op import similarity_topk
 from ume_kernels.similarity_topk.reference import similarity_topk_reference

@@ -50,6 +50,7 @@ def run(
             k = len(index)
         embeddings, asked = _embed_queries(store, queries, model, device, workers)
         result = index.search(embeddings, k)
+        messages().print(f"searched {len(index)} items: {index.description}", markup=False)
 
         if html is not None:
             page = render_gallery(_gallery(store, queries, asked, records, result))

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
+from safetensors.torch import save_file
 
-from ume_models.atomic import write_atomically
+from ume_models.atomic import replacing, write_atomically
 from ume_models.errors import StoreError
 
 _FORMAT = "ume-index"
 _FORMAT_VERSION = 1
+_CHECKED_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,13 @@ class EmbeddingTable:
     Attributes:
         embeddings: float32, float16 or bfloat16 ``[N, D]``, finite.
         ids: N ids, in the order of the rows.
+        mapped: the embeddings are pages of a file, not memory. They were checked when they were
+            written; they are not read to check them again.
     """
 
     embeddings: torch.Tensor
     ids: Sequence[str]
+    mapped: bool = False
 
     def __post_init__(self) -> None:
         shape = tuple(self.embeddings.shape)
@@ -38,13 +43,16 @@ class EmbeddingTable:
             raise ValueError(f"embeddings must be a non-empty matrix, got shape {shape}")
         if len(self.ids) != shape[0]:
             raise ValueError(f"{len(self.ids)} ids for {shape[0]} embeddings: they must agree")
-        finite = self.embeddings.isfinite().all(dim=1)
-        if not bool(finite.all()):
-            row = int(finite.logical_not().nonzero()[0, 0])
-            raise ValueError(
-                f"the embedding of {self.ids[row]!r} (row {row}) is not finite: "
-                "drop the rows of skipped items first"
-            )
+        if self.mapped:
+            return
+        for start in range(0, shape[0], _CHECKED_ROWS):
+            finite = self.embeddings[start : start + _CHECKED_ROWS].isfinite().all(dim=1)
+            if not bool(finite.all()):
+                row = start + int(finite.logical_not().nonzero()[0, 0])
+                raise ValueError(
+                    f"the embedding of {self.ids[row]!r} (row {row}) is not finite: "
+                    "drop the rows of skipped items first"
+                )
 
     def check_queries(self, queries: torch.Tensor, k: int) -> None:
         """Raise ValueError unless ``queries`` is finite ``[Q, D]`` and ``1 <= k <= N``."""
@@ -59,8 +67,37 @@ class EmbeddingTable:
             raise ValueError("the queries hold NaN or infinity: drop the rows of skipped items")
 
     def look_up(self, rows: torch.Tensor) -> list[list[str]]:
-        """Ids of a matrix of rows."""
-        return [[self.ids[row] for row in line] for line in rows.tolist()]
+        """Ids of a matrix of rows, without those of −1."""
+        return [[self.ids[row] for row in line if row >= 0] for line in rows.tolist()]
+
+    def segments(
+        self, candidates: Sequence[Sequence[str]], queries: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lists of ids as rows ``[E]`` and offsets ``[Q + 1]``; an id twice in a list counts once.
+
+        Raises:
+            ValueError: the number of lists is wrong, an id is not in the index, or it stands for
+                several rows.
+        """
+        if len(candidates) != queries:
+            raise ValueError(f"{len(candidates)} lists of candidates for {queries} queries")
+        lists = [dict.fromkeys(ids) for ids in candidates]
+        row_of = self._row_of
+        for name in (name for ids in lists for name in ids):
+            if row_of.get(name, -1) < 0:
+                reason = "stands for several rows" if name in row_of else "is not in the index"
+                raise ValueError(f"the candidate {name!r} {reason}")
+        rows = torch.tensor([row_of[name] for ids in lists for name in ids], dtype=torch.int64)
+        offsets = torch.tensor([0, *map(len, lists)], dtype=torch.int64).cumsum(0)
+        return rows, offsets
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        """Row of each id, −1 for an id of several rows."""
+        rows: dict[str, int] = {}
+        for row, name in enumerate(self.ids):
+            rows[name] = -1 if name in rows else row
+        return rows
 
     def save(self, directory: str | Path, kind: str, **settings: Any) -> None:
         """Write ``index.json`` and ``index.safetensors``, each atomically, the tensors last."""
@@ -75,13 +112,15 @@ class EmbeddingTable:
         }
         text = json.dumps(value, ensure_ascii=False) + "\n"
         write_atomically(directory / "index.json", text.encode(errors="surrogatepass"))
-        write_atomically(
-            directory / "index.safetensors",
-            tensors_to_bytes({"embeddings": self.embeddings.detach().cpu().contiguous()}),
-        )
+        tensors = {"embeddings": self.embeddings.detach().cpu().contiguous()}
+        # Straight to the file: it may be too large to be in memory a second time.
+        with replacing(directory / "index.safetensors") as temporary:
+            save_file(tensors, temporary)
 
     @classmethod
-    def load(cls, directory: str | Path, kind: str) -> tuple[EmbeddingTable, Mapping[str, Any]]:
+    def load(
+        cls, directory: str | Path, kind: str, *, mapped: bool = False
+    ) -> tuple[EmbeddingTable, Mapping[str, Any]]:
         """Table and settings of a saved index.
 
         Raises:
@@ -94,10 +133,19 @@ class EmbeddingTable:
             if value["format"] != _FORMAT or value["format_version"] != _FORMAT_VERSION:
                 raise ValueError("unknown format")
             found, settings, ids = value["type"], dict(value["settings"]), list(value["ids"])
-            tensors = path.with_suffix(".safetensors").read_bytes()
-            table = cls(tensors_from_bytes(tensors)["embeddings"], ids)
+            read = _mapped_tensor if mapped else _read_tensor
+            table = cls(read(path.with_suffix(".safetensors")), ids, mapped)
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StoreError(f"{directory} is not a readable index: {error}") from error
         if found != kind:
             raise StoreError(f"{directory} is an index of type {found!r}, not {kind!r}")
         return table, settings
+
+
+def _read_tensor(path: Path) -> torch.Tensor:
+    return tensors_from_bytes(path.read_bytes())["embeddings"]
+
+
+def _mapped_tensor(path: Path) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("embeddings")

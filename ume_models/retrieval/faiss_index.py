@@ -10,37 +10,51 @@ import torch
 
 from ume_models.errors import UmeError
 from ume_models.retrieval.embedding_table import EmbeddingTable
+from ume_models.retrieval.exact import search_table
 from ume_models.retrieval.protocol import SearchResult
 
 
 class FaissIndex:
     """Inner-product search by any faiss factory string.
 
-    The order of equal scores is faiss's own. The files hold the embeddings and the factory
-    string, and the structure is built again on loading: faiss's own format is a binary dump
-    that is not safe to read from strangers.
+    The order of equal scores is faiss's own. A search among given candidates is answered exactly
+    and without faiss, whose structures do not help there. The files hold the embeddings and the
+    factory string, and the structure is built again on loading: faiss's own format is a binary
+    dump that is not safe to read from strangers.
 
     Args:
         embeddings: ``[N, D]``; widened to float32.
         ids: N ids.
         factory: faiss index factory string: "Flat" (exact), "HNSW32", "IVF256,Flat", …
+        gpu: search on all CUDA devices, a copy on each; building stays on the CPU.
 
     Raises:
-        UmeError: faiss is not installed, or it refuses the factory string.
+        UmeError: faiss is not installed, or without the GPU asked for, or it refuses the factory
+            string.
         ValueError: the sizes do not agree or an embedding is not finite.
     """
 
     kind = "faiss"
 
-    def __init__(self, embeddings: torch.Tensor, ids: Sequence[str], factory: str = "Flat") -> None:
-        faiss = import_faiss()
+    def __init__(
+        self,
+        embeddings: torch.Tensor,
+        ids: Sequence[str],
+        factory: str = "Flat",
+        *,
+        gpu: bool = False,
+    ) -> None:
+        faiss = import_faiss(gpu=gpu)
         self._table = EmbeddingTable(embeddings, ids)
         self._factory = factory
+        self._place = "the GPUs" if gpu else "the CPU"
         vectors = embeddings.detach().float().cpu().contiguous().numpy()
         try:
             self._index = faiss.index_factory(self.dim, factory, faiss.METRIC_INNER_PRODUCT)
             self._index.train(vectors)
             self._index.add(vectors)
+            if gpu:
+                self._index = faiss.index_cpu_to_all_gpus(self._index)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise UmeError(f"faiss cannot build {factory!r} here: {reason}") from error
@@ -58,15 +72,37 @@ class FaissIndex:
         """Columns D of the embeddings."""
         return self._table.embeddings.shape[1]
 
-    def search(self, queries: torch.Tensor, k: int) -> SearchResult:
+    @property
+    def description(self) -> str:
+        """What searches, in a few words."""
+        return f"faiss {self._factory} on {self._place}"
+
+    def search(
+        self,
+        queries: torch.Tensor,
+        k: int,
+        *,
+        allowed: torch.Tensor | None = None,
+        candidates: Sequence[Sequence[str]] | None = None,
+    ) -> SearchResult:
         """The ``k`` candidates faiss finds for each query ``[Q, D]``, best first.
 
+        With ``allowed`` or ``candidates`` the search is that of ``ExactIndex``.
+
         Raises:
-            ValueError: a shape does not fit, ``k`` is out of range, or a query is not finite.
-            UmeError: an approximate index found fewer than ``k``.
+            ValueError: as ``ExactIndex.search``.
+            UmeError: an approximate index found fewer than ``k``, or faiss cannot search as asked
+                (on a GPU no more than 2048 results per query).
         """
+        if allowed is not None or candidates is not None:
+            return search_table(self._table, queries, k, allowed, candidates)
         self._table.check_queries(queries, k)
-        scores, rows = self._index.search(queries.detach().float().cpu().contiguous().numpy(), k)
+        wanted = queries.detach().float().cpu().contiguous().numpy()
+        try:
+            scores, rows = self._index.search(wanted, k)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UmeError(f"faiss cannot find {k} per query: {reason}") from error
         found = torch.from_numpy(rows)
         if bool((found < 0).any()):
             raise UmeError(
@@ -80,22 +116,23 @@ class FaissIndex:
         self._table.save(directory, self.kind, factory=self._factory)
 
     @classmethod
-    def load(cls, directory: str | Path) -> FaissIndex:
-        """Read what ``save`` wrote and build the structure again.
+    def load(cls, directory: str | Path, *, gpu: bool = False) -> FaissIndex:
+        """Read what ``save`` wrote and build the structure again, for GPUs if asked.
 
         Raises:
             StoreError: a file is damaged or of another kind of index.
-            UmeError: faiss is not installed.
+            UmeError: as the constructor.
         """
         table, settings = EmbeddingTable.load(directory, cls.kind)
-        return cls(table.embeddings, table.ids, str(settings.get("factory", "Flat")))
+        return cls(table.embeddings, table.ids, str(settings.get("factory", "Flat")), gpu=gpu)
 
 
-def import_faiss() -> Any:
+def import_faiss(*, gpu: bool = False) -> Any:
     """The faiss module.
 
     Raises:
-        UmeError: it is not installed; the message holds the command that installs it.
+        UmeError: it is not installed, or cannot use a GPU here; the message holds the command that
+            installs it.
     """
     try:
         import faiss
@@ -104,4 +141,11 @@ def import_faiss() -> Any:
             f"the faiss index needs faiss, which cannot be imported ({error}); "
             "install it with: pip install faiss-cpu"
         ) from None
+    if gpu and not hasattr(faiss, "StandardGpuResources"):
+        raise UmeError(
+            "this faiss is built without GPU support; install one that is: "
+            "pip uninstall faiss-cpu && pip install faiss-gpu-cu12"
+        )
+    if gpu and faiss.get_num_gpus() == 0:
+        raise UmeError("faiss finds no GPU")
     return faiss

@@ -15,9 +15,9 @@ class SearchResult:
     """The best candidates of each query, best first.
 
     Attributes:
-        scores: float32 ``[Q, k]``, inner products.
-        rows: int64 ``[Q, k]``, positions of the candidates in the index.
-        ids: Q lists of k candidate ids.
+        scores: float32 ``[Q, k]``, inner products; −inf where a query has fewer candidates.
+        rows: int64 ``[Q, k]``, positions of the candidates in the index; −1 there.
+        ids: Q lists of at most k candidate ids.
     """
 
     scores: torch.Tensor
@@ -39,10 +39,26 @@ class Index(Protocol):
         """Columns D of the embeddings."""
         ...
 
+    @property
+    def description(self) -> str:
+        """What searches, in a few words."""
+        ...
+
     def __len__(self) -> int: ...
 
-    def search(self, queries: torch.Tensor, k: int) -> SearchResult:
-        """The ``k`` candidates with the largest inner product for each query ``[Q, D]``."""
+    def search(
+        self,
+        queries: torch.Tensor,
+        k: int,
+        *,
+        allowed: torch.Tensor | None = None,
+        candidates: Sequence[Sequence[str]] | None = None,
+    ) -> SearchResult:
+        """The ``k`` candidates with the largest inner product for each query ``[Q, D]``.
+
+        Only those ``allowed``, bool ``[N]`` or ``[Q, N]`` by row; only the ``candidates`` of each
+        query, by id.
+        """
         ...
 
     def save(self, directory: str | Path) -> None:

@@ -1,0 +1,174 @@
+"""Top-k in C++ on the CPU: csrc/cpu/similarity_topk.cpp and topk_segments.cpp.
+
+Scores and selection run in one pass: a block of scores lives in the cache only. The sum of a score
+takes one order, whatever the other queries, the other candidates and the number of threads are, so
+equal candidates tie and both functions give the same pair the same score. bf16 against bf16 is
+multiplied as such where the processor does that, everything else is widened to float32; sums are
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ume_kernels import native
+from ume_kernels.dispatch import Obstacle
+
+_C = native.module
+_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_MISSING = Obstacle(
+    native.missing or "", missing="ume_kernels._C" if _C is None else None, remedy=native.remedy
+)
+
+
+def check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
+    """Why the native kernel cannot run for ``(q, c)``, or None; without tensors, the machine."""
+    if _C is None:
+        return _MISSING
+    for tensor in tensors[:2]:
+        assert tensor is not None
+        if not tensor.is_cpu:
+            return Obstacle(f"its tensors are on {tensor.device.type}")
+        if tensor.dtype not in _ELEMENTS:
+            return Obstacle(f"no native kernel for {tensor.dtype}")
+    return None
+
+
+def scan(
+    q: torch.Tensor,
+    c: torch.Tensor,
+    first: int,
+    keys: torch.Tensor,
+    *,
+    q_inv: torch.Tensor | None = None,
+    c_inv: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> tuple[torch.Tensor, bool]:
+    """Merge the candidates ``c`` into the best keys so far.
+
+    Score ``(i, j)`` is ``<q_i, c_j> * q_inv_i * c_inv_j``. Meant for k up to some hundreds; any k
+    is right. Working memory is about 64 MiB at most, or ``32 k`` keys for each thread if that is
+    more.
+
+    Args:
+        q: queries ``[Q, D]``, float32, float16 or bfloat16.
+        c: candidates ``[n, D]``; the dtype may differ. Rows may be strided or unaligned.
+        first: index of ``c[0]`` in the corpus.
+        keys: int64 ``[Q, k]``, see ``keys``; not changed.
+        q_inv, c_inv: float32 ``[Q]``, ``[n]``: factors of the scores, 1 if None.
+        allowed: bool ``[n]`` or ``[Q, n]``: the candidates that count.
+        threads: None is PyTorch's number.
+        isa: name of the instruction set, for tests; None is the fastest one.
+
+    Returns:
+        The new keys in any order, and whether a score that counts is NaN; such pairs are left out.
+    """
+    assert _C is not None
+    # Bound to names until the call is over: the addresses must stay valid.
+    q, c, keys = _rows(q), _rows(c), keys.clone(memory_format=torch.contiguous_format)
+    q_factors, c_factors = _floats(q_inv, q.shape[0]), _floats(c_inv, c.shape[0])
+    stride = 0
+    if allowed is not None:
+        if allowed.shape not in {(c.shape[0],), (q.shape[0], c.shape[0])}:
+            raise ValueError(f"allowed has shape {tuple(allowed.shape)}")
+        allowed = allowed.bool()
+        allowed = _rows(allowed) if allowed.ndim == 2 else allowed.contiguous()
+        stride = max(allowed.stride(0), 1) if allowed.ndim == 2 else 0
+    has_nan = _C.similarity_topk_scan(
+        _matrix(q),
+        _matrix(c),
+        _address(q_factors),
+        _address(c_factors),
+        _address(allowed),
+        stride,
+        first,
+        keys.data_ptr(),
+        keys.shape[1],
+        threads or torch.get_num_threads(),
+        isa,
+    )
+    return keys, has_nan
+
+
+def scan_segments(
+    q: torch.Tensor,
+    c: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    k: int,
+    *,
+    first: int = 0,
+    q_inv: torch.Tensor | None = None,
+    c_inv: torch.Tensor | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> tuple[torch.Tensor, bool]:
+    """The best of a list of candidates per query; scores as in ``scan``, bit for bit.
+
+    Args:
+        q: queries ``[Q, D]``, float32, float16 or bfloat16.
+        c: candidates ``[n, D]``; the dtype may differ.
+        offsets: int64 ``[Q + 1]``: query i has the candidates ``rows[offsets[i]:offsets[i + 1]]``.
+        rows: int64 ``[E]``, rows of ``c`` in any order.
+        k: keys per query.
+        first: index of ``c[0]`` in the corpus.
+        q_inv, c_inv: float32 ``[Q]``, ``[n]``: factors of the scores, 1 if None.
+        threads, isa: as in ``scan``.
+
+    Returns:
+        Keys ``[Q, k]`` in any order, EMPTY where a list is shorter than k, and whether a score is
+        NaN; such pairs are left out.
+
+    Raises:
+        IndexError: a row is not one of ``c``.
+    """
+    assert _C is not None
+    q, c = _rows(q), _rows(c)
+    q_factors, c_factors = _floats(q_inv, q.shape[0]), _floats(c_inv, c.shape[0])
+    offsets, rows = offsets.long().contiguous(), rows.long().contiguous()
+    if offsets.shape != (q.shape[0] + 1,) or rows.ndim != 1:
+        raise ValueError("offsets must be [Q + 1] and rows [E]")
+    steps = offsets.diff()
+    if int(offsets[0]) < 0 or int(offsets[-1]) > rows.shape[0] or bool((steps < 0).any()):
+        raise ValueError("offsets must rise from 0 to the length of rows")
+    keys = torch.empty(q.shape[0], k, dtype=torch.int64)
+    has_nan = _C.similarity_topk_segments(
+        _matrix(q),
+        _matrix(c),
+        _address(q_factors),
+        _address(c_factors),
+        offsets.data_ptr(),
+        rows.data_ptr(),
+        first,
+        keys.data_ptr(),
+        k,
+        threads or torch.get_num_threads(),
+        isa,
+    )
+    return keys, has_nan
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x with neighbouring elements in its rows: itself, or a copy."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _floats(x: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    if x is None:
+        return None
+    if x.shape != (count,):
+        raise ValueError(f"expected {count} factors, got shape {tuple(x.shape)}")
+    return x.float().contiguous()
+
+
+def _matrix(x: torch.Tensor) -> tuple[int, int, int, int, int]:
+    return x.data_ptr(), _ELEMENTS[x.dtype], x.shape[0], x.shape[1], x.stride(0)
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
