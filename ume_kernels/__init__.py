@@ -1,5 +1,6 @@
 """Kernels for universal multimodal embedders: tensors in, tensors out."""
 
+from ume_kernels.contrastive_loss import contrastive_loss, distributed_contrastive_loss
 from ume_kernels.decode import (
     DecoderLayerWeights,
     DecodeStep,
@@ -22,8 +23,10 @@ __all__ = [
     "MoETransition",
     "MoEWeights",
     "attend_cache",
+    "contrastive_loss",
     "decode_layer",
     "decode_step",
+    "distributed_contrastive_loss",
     "explain",
     "linear",
     "moe_transition",

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import ume_kernels
+
 from .data import Encoder, Group, Side
 from .families import FAMILIES
 from .network import PlumeNetwork, Prefill
@@ -91,10 +93,8 @@ def contrastive_loss(
     names = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     ids = torch.tensor([names[key] for key in keys])
     same = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool)
-    scores = scale * F.normalize(queries, dim=-1) @ F.normalize(targets, dim=-1).T
-    scores = scores.masked_fill(same, -1e4)
-    labels = torch.arange(len(ids))
-    return (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
+    ignore = same.nonzero().to(queries.device)
+    return ume_kernels.contrastive_loss(queries, targets, scale=scale, ignore=ignore)
 
 
 class AttributeHeads(nn.Module):
