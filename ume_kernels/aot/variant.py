@@ -8,7 +8,7 @@ from typing import Any
 
 from ume_kernels.aot.occupancy import Occupancy
 
-ROOMS = ("moe_transition", "decode", "prefill")
+ROOMS = ("moe_transition", "decode", "prefill", "contrastive_loss", "similarity_topk")
 """Folders of ``ume_kernels`` with Triton kernels and a ``variants.py``."""
 
 
