@@ -7,11 +7,28 @@
 #ifdef UME_X86
 #include <cpuid.h>
 #endif
+#ifdef UME_HAS_AMX_COMPILER
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace ume {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512f, Isa::kAvx512Bf16};
+// Those that best_isa() chooses from.
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512f, Isa::kAvx512Bf16, Isa::kAmxBf16};
+
+// Linux hands out the 8 KiB of tile state only to processes that ask; once asked, every thread has
+// it.
+bool tiles_granted() {
+#ifdef UME_HAS_AMX_COMPILER
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
 
 Isa detect() {
   Isa best = Isa::kScalar;
@@ -27,6 +44,8 @@ const char* isa_name(Isa isa) {
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512f: return "avx512f";
     case Isa::kAvx512Bf16: return "avx512_bf16";
+    case Isa::kAmxBf16: return "amx_bf16";
+    case Isa::kAmxEmulated: return "amx_emulated";
     default: return "scalar";
   }
 }
@@ -34,8 +53,9 @@ const char* isa_name(Isa isa) {
 Isa isa_from_name(const std::string& name) {
   for (Isa isa : kAll)
     if (name == isa_name(isa)) return isa;
+  if (name == isa_name(Isa::kAmxEmulated)) return Isa::kAmxEmulated;
   throw std::invalid_argument("unknown instruction set '" + name +
-                              "'; known: scalar, avx2, avx512f, avx512_bf16");
+                              "'; known: scalar, avx2, avx512f, avx512_bf16, amx_bf16, amx_emulated");
 }
 
 bool isa_supported(Isa isa) {
@@ -47,9 +67,11 @@ bool isa_supported(Isa isa) {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
   if (isa == Isa::kAvx2) return avx2;
-  if (isa == Isa::kAvx512f) return avx512;
+  if (isa == Isa::kAvx512f || isa == Isa::kAmxEmulated) return avx512;
 #ifdef UME_HAS_AVX512BF16_COMPILER
-  if (isa == Isa::kAvx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (isa == Isa::kAvx512Bf16) return bf16;
+  if (isa == Isa::kAmxBf16) return bf16 && has_amx_bf16() && tiles_granted();
 #endif
 #endif
   return false;

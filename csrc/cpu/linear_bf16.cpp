@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "ume/element.h"
 #include "ume/simd.h"
 
 #ifdef UME_X86
@@ -24,21 +25,6 @@ using i64 = std::int64_t;
 constexpr int kTileRows = 16;         // weight rows per tile
 constexpr int kMaxRows = 16;          // rows of x whose accumulators are live at once
 constexpr i64 kSliceElements = 8192;  // x elements per k-block: 16 KiB
-
-UME_INLINE float from_bf16(u16 v) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-// Round to nearest even; NaN stays NaN.
-UME_INLINE u16 to_bf16(float f) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &f, sizeof bits);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<u16>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 namespace scalar {
 #define UME_TARGET
@@ -175,7 +161,8 @@ TileFn tile_for(Isa isa) {
     case Isa::kAvx2: return avx2::tile;
     case Isa::kAvx512f: return avx512::tile;
 #ifdef UME_HAS_AVX512BF16_COMPILER
-    case Isa::kAvx512Bf16: return avx512_bf16::tile;
+    case Isa::kAvx512Bf16:
+    case Isa::kAmxBf16: return avx512_bf16::tile;
 #endif
 #endif
     default: return scalar::tile;
