@@ -7,8 +7,13 @@ under csrc/cuda when the environment variable ``UME_BUILD_CUDA`` says so:
     1               compile them, fail if ``nvcc`` is not there
     0               leave them out
 
-``UME_CUDA_ARCHS`` chooses the architectures, for instance ``"80;90"`` (the default). No torch
-headers are used, so one build serves every torch version and needs no GPU.
+``UME_SANITIZE`` compiles the C++ sources under compiler sanitizers, for instance
+``address,undefined``; tests/sanitize/run.py uses it.
+
+``UME_CUDA_ARCHS`` chooses the architectures, for instance ``"80;90"`` (the default). Sources named
+``*_sm90.cu`` use what only Hopper GPUs have: they are compiled for sm_90a alone, and left out when
+90 is not among the architectures. No torch headers are used, so one build serves every torch
+version and needs no GPU.
 """
 
 from __future__ import annotations
@@ -104,6 +109,34 @@ def escape(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def cuda_archs() -> list[str]:
+    """The architectures of $UME_CUDA_ARCHS, in its order: ``["80", "90"]`` unless it is set."""
+    archs = [a.strip() for a in os.environ.get("UME_CUDA_ARCHS", "80;90").split(";") if a.strip()]
+    for arch in archs:
+        if not arch.rstrip("af").isdigit() or int(arch.rstrip("af")) < 80:
+            raise BuildError(
+                f"UME_CUDA_ARCHS has {arch!r}; it takes numbers from 80 on, separated by "
+                "semicolons, for instance 80;90"
+            )
+    if not archs:
+        raise BuildError("UME_CUDA_ARCHS names no architecture; the default is 80;90")
+    return archs
+
+
+def for_hopper(source: Path) -> bool:
+    """Whether a CUDA source is for sm_90a only."""
+    return source.stem.endswith("_sm90")
+
+
+def gencode(source: Path, archs: list[str]) -> str:
+    """nvcc's options for what `source` is compiled for."""
+    if for_hopper(source):
+        return "-gencode=arch=compute_90a,code=sm_90a"
+    options = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    newest = archs[-1]  # its PTX, for GPUs newer than this build
+    return " ".join([*options, f"-gencode=arch=compute_{newest},code=compute_{newest}"])
+
+
 def write_ninja(target: Path, objects: Path, nvcc: str | None) -> Path:
     """Write build.ninja for the module `target`, objects beside it; returns the file."""
     import pybind11
@@ -118,15 +151,16 @@ def write_ninja(target: Path, objects: Path, nvcc: str | None) -> Path:
         f"-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off {openmp} "
         f'-Wall -Wextra -Wno-maybe-uninitialized -DUME_VERSION=\\"{version()}\\"'
     )
+    sanitize = os.environ.get("UME_SANITIZE", "")
+    if sanitize:
+        cxxflags += f" -g -fno-omit-frame-pointer -fsanitize={sanitize} -fno-sanitize-recover=all"
     if nvcc:
         cxxflags += " -DUME_WITH_CUDA"
-    archs = [a for a in os.environ.get("UME_CUDA_ARCHS", "80;90").split(";") if a]
-    gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
-    if archs:  # PTX of the newest, for GPUs newer than this build
-        newest = archs[-1]
-        gencode += f" -gencode=arch=compute_{newest},code=compute_{newest}"
+    archs = cuda_archs() if nvcc else []
+    hopper = "90" in archs or "90a" in archs
     undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
-    link = f"{cxx} -shared {openmp} {undefined} $in -o $out"
+    sanitizers = f"-fsanitize={sanitize}" if sanitize else ""
+    link = f"{cxx} -shared {openmp} {sanitizers} {undefined} $in -o $out"
     if nvcc:
         # nvcc links its runtime statically, so the module needs no CUDA library at import.
         host = f"-Xcompiler={openmp}" if openmp else ""
@@ -143,18 +177,22 @@ def write_ninja(target: Path, objects: Path, nvcc: str | None) -> Path:
     if nvcc:
         lines += [
             "rule nvcc",
-            f'  command = "{nvcc}" -MD -MF $out.d -O3 -std=c++17 {gencode} '
+            f'  command = "{nvcc}" -MD -MF $out.d -O3 -std=c++17 $gencode '
+            f"{'-DUME_WITH_SM90 ' if hopper else ''}"
             f'-Xcompiler=-fPIC,-fvisibility=hidden -I"{CSRC / "include"}" -c $in -o $out',
             "  depfile = $out.d",
             "  deps = gcc",
         ]
     sources = [(p, "cxx") for p in [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]]
     if nvcc:
-        sources += [(p, "nvcc") for p in sorted((CSRC / "cuda").glob("*.cu"))]
+        cuda = sorted((CSRC / "cuda").glob("*.cu"))
+        sources += [(p, "nvcc") for p in cuda if hopper or not for_hopper(p)]
     built = []
     for source, rule in sources:
         obj = objects / f"{source.parent.name}_{source.stem}.o"
         lines.append(f"build {escape(obj)}: {rule} {escape(source)}")
+        if rule == "nvcc":
+            lines.append(f"  gencode = {gencode(source, archs)}")
         built.append(escape(obj))
     lines.append(f"build {escape(target)}: link {' '.join(built)}")
     lines.append(f"default {escape(target)}")
