@@ -50,20 +50,27 @@ STEPS = (
     Step("smoke", 25, 70, 60),
     Step("ceilings", 15, 40, 30),
     Step("adapter", 20, 60, 40),
+    Step("loss", 25, 60, 40),
+    Step("topk", 25, 60, 40),
     Step("long", 25, 70, 40),
     Step("embedding", 35, 90, 50),
     Step("short", 40, 170, 40),
     Step("tests", 60, 170, 0),
-    Step("memcheck", 25, 60, 30),
+    Step("memcheck", 25, 60, 90),
     Step("racecheck", 25, 60, 0),
     Step("sweep", 30, 240, 30),
     Step("long-rival", 0, 200, 40),
+    Step("million", 0, 200, 0),
 )
 """In this order. What must be shown comes first; the sweep takes what is left, and the batched
-rival, which compiles for minutes, is for a session of its own (``--steps long-rival``)."""
+rival, which compiles for minutes, and the loss of a million rows are for a session of their own
+(``--steps long-rival,million``)."""
 
 
-MEASURING = ("ceilings", "adapter", "long", "embedding", "short", "sweep", "long-rival")
+MEASURING = (
+    "ceilings", "adapter", "loss", "topk", "long", "embedding", "short", "sweep", "long-rival",
+    "million",
+)  # fmt: skip
 
 
 def command_of(step: Step, out: Path, dry_run: bool, seconds: float) -> list[str] | str:
@@ -153,7 +160,7 @@ def measure(name: str, out: Path, dry_run: bool, seconds: float) -> None:
     """One measuring step, in this process."""
     import torch
 
-    from benchmarks.gpu import adapter, ceilings, embedding, rollout, sweep
+    from benchmarks.gpu import adapter, ceilings, embedding, rollout, similarity, sweep
     from benchmarks.gpu.figures import Recorder
     from benchmarks.gpu.sizes import DRY, REAL, Sizes
 
@@ -164,6 +171,9 @@ def measure(name: str, out: Path, dry_run: bool, seconds: float) -> None:
     steps: dict[str, Callable[[Sizes, Recorder], None]] = {
         "ceilings": ceilings.run,
         "adapter": adapter.run,
+        "loss": similarity.loss,
+        "topk": similarity.topk,
+        "million": similarity.million,
         "short": rollout.short,
         "long": rollout.long,
         "long-rival": rollout.long_rival,

@@ -51,6 +51,45 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_OURS = ("similarity_topk", "contrastive_loss")
+
+
+def similarity_markdown(results: dict[str, Any]) -> str:
+    """A table per comparison of ``benchmarks/test_similarity.py``, with how much faster ours is.
+
+    Raises:
+        ValueError: the sizes were those of a try.
+    """
+    refuse_dry_run(results)
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in results["benchmarks"]:
+        engines = groups.setdefault(entry["group"], {})
+        engines[entry["extra_info"]["engine"]] = entry["extra_info"] | entry["stats"]
+    lines = []
+    for group, engines in groups.items():
+        ours = [name for name in engines if name.startswith(_OURS)]
+        memory = any("extra_bytes" in engine for engine in engines.values())
+        titles = [group, "time", *(f"{name} is faster by" for name in ours)]
+        titles.append("extra peak memory" if memory else "recall")
+        lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+        for name, engine in engines.items():
+            cells = [name, _duration(engine["min"])]
+            for mine in ours:
+                ratio = f"**{engine['min'] / engines[mine]['min']:.2f}×**"
+                cells.append("–" if name in ours else ratio)
+            cells.append(
+                f"{engine['extra_bytes'] / 1e6:.0f} MB" if memory else f"{engine['recall']:.4f}"
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    info = results["benchmarks"][0]["extra_info"]
+    lines.append(
+        f"Best round; {info['cpu']}, {info['threads']} threads, {info['native_isa']}, "
+        f"torch {info['torch']}, faiss {info.get('faiss')}, {results['datetime'][:10]}."
+    )
+    return "\n".join(lines)
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
@@ -98,9 +137,19 @@ def gpu_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def table(results: dict[str, Any]) -> str:
+    """The table of whatever was measured."""
+    if "figures" in results:
+        return gpu_markdown(results)
+    info = results["benchmarks"][0]["extra_info"]
+    return (similarity_markdown if info.get("operation") == "similarity" else markdown)(results)
+
+
 def refuse_dry_run(results: dict[str, Any]) -> None:
     """Raise ValueError for the results of a dry run."""
-    if results.get("dry_run") or any(f.get("dry_run") for f in results.get("figures", ())):
+    measured = [*results.get("figures", ()), results]
+    tried = any(entry["extra_info"].get("tiny") for entry in results.get("benchmarks", ()))
+    if tried or any(part.get("dry_run") for part in measured):
         raise ValueError("these results are of a dry run: nothing was measured")
 
 
@@ -109,6 +158,7 @@ def trimmed(results: dict[str, Any]) -> dict[str, Any]:
     if "figures" in results:
         refuse_dry_run(results)
         return results
+    refuse_dry_run(results)
     return {
         "datetime": results["datetime"],
         "benchmarks": [
@@ -131,7 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
     try:
-        print(gpu_markdown(results) if "figures" in results else markdown(results))
+        print(table(results))
     except ValueError as error:
         raise SystemExit(f"{arguments.results}: {error}") from None
     if arguments.keep:

@@ -10,8 +10,10 @@ import torch
 
 from benchmarks.gpu.layers import SIZES, random_layer, rope_of, step_of
 from ume_kernels import MoETransition, decode_layer, moe_transition
+from ume_kernels.contrastive_loss import contrastive_loss
 from ume_kernels.decode import attend_cache
 from ume_kernels.prefill import rms_norm, rope_append, silu_mul
+from ume_kernels.similarity_topk import similarity_topk
 
 
 def adapter(device: torch.device, dtype: torch.dtype) -> None:
@@ -39,9 +41,11 @@ def decode(device: torch.device, dtype: torch.dtype) -> None:
         lengths[0] = capacity - queries
         if batch > 1:
             lengths[1] = 0
-        keys, values = torch.randn(
-            2, batch, size.kv_heads, capacity, size.head_dim, device=device
-        ).to(dtype).unbind(0)
+        keys, values = (
+            torch.randn(2, batch, size.kv_heads, capacity, size.head_dim, device=device)
+            .to(dtype)
+            .unbind(0)
+        )
         x = torch.randn(batch, queries, size.width, device=device).to(dtype)
         step = step_of(size, lengths, queries, capacity, dtype)
         decode_layer(x, step, keys, values, weights, size.shape, backend="triton")
@@ -67,13 +71,33 @@ def prefill(device: torch.device, dtype: torch.dtype) -> None:
     rope_append(q, k, v, cos, sin, keys, values, slots, positions, backend="triton")
 
 
+def similarity(device: torch.device, dtype: torch.dtype) -> None:
+    """Loss with every condition, forward and backward, and top-k, by each kind of kernel."""
+    # more than one tile of rows and columns; the interpreter is content with one
+    n, m, width = (133, 150, 72) if device.type == "cuda" else (30, 40, 24)
+    q, p = (torch.randn(rows, width, device=device).to(dtype) for rows in (n, m))
+    ignored = torch.tensor([[0, 3], [0, 5], [7, 30]], device=device)
+    valid = torch.rand(m, device=device) < 0.9
+    groups = torch.arange(m, device=device) // 20
+    for backend in ("cuda", "triton") if device.type == "cuda" else ("triton",):
+        a, b = q.clone().requires_grad_(), p.clone().requires_grad_()
+        contrastive_loss(a, b, backend=backend).backward()
+        loss, _ = contrastive_loss(
+            a, b, valid=valid, groups=groups, ignore=(ignored, 0.1), row_offset=2,
+            return_stats=True, backend=backend,
+        )  # fmt: skip
+        loss.backward()
+        order = torch.argsort(p @ q[0])  # ascending for one query: its list is compacted often
+        similarity_topk(q, p[order].repeat(5, 1), 17, backend=backend)
+
+
 def main() -> None:
     """Run everything; an exception or a device fault ends the process."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16) if on_gpu else (torch.float32,):
-        for part in (adapter, decode, prefill):
+        for part in (adapter, decode, prefill, similarity):
             part(device, dtype)
     if on_gpu:
         torch.cuda.synchronize()

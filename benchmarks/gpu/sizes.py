@@ -26,6 +26,8 @@ class Sizes:
         gemm: side of the product that measures arithmetic.
         sweep_rows: rows of the GEMM and tile sweeps, most wanted first.
         seconds: time for one figure.
+        loss_rows: rows (and columns) of the contrastive loss.
+        topk: (queries, candidates) of the top-k.
         candidates: configurations that the sweep tries per kernel and rows.
     """
 
@@ -44,6 +46,8 @@ class Sizes:
     gemm: int
     sweep_rows: tuple[int, ...]
     seconds: float
+    loss_rows: tuple[int, ...]
+    topk: tuple[int, int]
     candidates: int
 
 
@@ -63,6 +67,8 @@ REAL = Sizes(
     gemm=8192,
     sweep_rows=(1, 64, 384, 8, 16, 4, 32, 2, 128, 6, 320),
     seconds=0.6,
+    loss_rows=(8192, 65536),
+    topk=(1024, 10_000_000),
     candidates=16,
 )
 
@@ -82,5 +88,7 @@ DRY = Sizes(
     gemm=64,
     sweep_rows=(1, 18),
     seconds=0.01,
+    loss_rows=(30,),
+    topk=(3, 300),
     candidates=2,
 )

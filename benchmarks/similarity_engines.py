@@ -1,0 +1,107 @@
+"""The ways to search and to take the loss that ``benchmarks/test_similarity.py`` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from ume_kernels.similarity_topk import similarity_topk
+
+SCALE = 50.0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Unit vectors rounded to bfloat16, and the same numbers in float32."""
+
+    q16: torch.Tensor
+    c16: torch.Tensor
+    q32: torch.Tensor
+    c32: torch.Tensor
+
+
+def corpus(queries: int, candidates: int, width: int) -> Corpus:
+    """Random unit vectors."""
+    generator = torch.Generator().manual_seed(0)
+    q, c = (
+        normalize(torch.randn(rows, width, generator=generator), dim=1).bfloat16()
+        for rows in (queries, candidates)
+    )
+    return Corpus(q, c, q.float(), c.float())
+
+
+def faiss_flat(data: Corpus, k: int) -> Callable[[], torch.Tensor]:
+    """``IndexFlatIP``, built before."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatIP(data.c32.shape[1])
+    index.add(data.c32.numpy())
+    return lambda: torch.from_numpy(index.search(data.q32.numpy(), k)[1])
+
+
+def official(data: Corpus, k: int) -> Callable[[], torch.Tensor]:
+    """The official evaluator: all scores, all of them sorted."""
+    q, c = data.q32.numpy(), data.c32.numpy()
+    return lambda: torch.from_numpy(np.argsort(-np.dot(q, c.T), axis=1)[:, :k].copy())
+
+
+ENGINES: dict[str, Callable[[Corpus, int], Callable[[], torch.Tensor]]] = {
+    "similarity_topk bf16": lambda d, k: lambda: similarity_topk(d.q16, d.c16, k)[1],
+    "similarity_topk fp32": lambda d, k: lambda: similarity_topk(d.q32, d.c32, k)[1],
+    "faiss IndexFlatIP": faiss_flat,
+    "torch bf16 matmul + topk": lambda d, k: lambda: (d.q16 @ d.c16.T).topk(k).indices,
+    "torch fp32 matmul + topk": lambda d, k: lambda: (d.q32 @ d.c32.T).topk(k).indices,
+    "official numpy dot + argsort": official,
+}
+"""Each prepares a search, which returns the indices ``[Q, k]``."""
+
+
+def recall(indices: torch.Tensor, data: Corpus) -> float:
+    """Share of the results that are among the k best by float64 scores.
+
+    A result that is short of the k-th best by no more than float32 rounding counts.
+    """
+    found, k = 0, indices.shape[1]
+    for rows in torch.arange(indices.shape[0]).split(32):
+        scores = data.q32[rows].double() @ data.c32.double().T
+        least = scores.topk(k).values[:, -1:] - 1e-6
+        found += int((scores.gather(1, indices[rows]) >= least).sum())
+    return found / indices.numel()
+
+
+def materialised(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The symmetric InfoNCE in plain PyTorch, with the score matrix in memory."""
+    scores = SCALE * (normalize(q, dim=1) @ normalize(p, dim=1).T).float()
+    labels = torch.arange(q.shape[0], device=q.device)
+    return (cross_entropy(scores, labels) + cross_entropy(scores.T, labels)) / 2
+
+
+def fused(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The same by ``contrastive_loss``."""
+    from ume_kernels.contrastive_loss import contrastive_loss
+
+    return contrastive_loss(q, p, scale=SCALE)
+
+
+LOSSES = {"contrastive_loss": fused, "materialised PyTorch": materialised}
+
+
+def pairs(count: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matching random vectors that need gradients."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(count, width, generator=generator)
+    p = q / 8 + torch.randn(count, width, generator=generator)  # not so near that the loss is 0
+    return q.to(dtype).requires_grad_(), p.to(dtype).requires_grad_()
+
+
+def step(loss: str, q: torch.Tensor, p: torch.Tensor) -> float:
+    """Forward and backward; returns the loss."""
+    q.grad = p.grad = None
+    value = LOSSES[loss](q, p)
+    value.backward()
+    return float(value.detach())
