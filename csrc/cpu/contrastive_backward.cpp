@@ -164,7 +164,8 @@ class Backward {
     } else {
       tile_.score(first, m, panels, n, column, own.staged.data(), s, lds);
       float shift;
-      const bool shared = tile_.plain() && out_.col_lse && shared_shift(first, m, col_lse, n, shift);
+      const bool shared =
+          tile_.plain() && out_.col_lse && shared_shift(first, m, col_lse, n, shift);
       if (shared) {
         float* scaled = own.by_col.data();
         for (i64 j = 0; j < n; ++j) scaled[j] = g_col[j] * std::exp(shift - col_lse[j]);

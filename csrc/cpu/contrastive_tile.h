@@ -54,10 +54,11 @@ class ContrastiveTile {
     engine_.pack_vectors(panels + panel * panel_words(), part);
   }
 
-  // True if no pair of rows [i0, i0 + m) and columns [j0, j0 + n) can be in one group.
+  // True if rows [i0, i0 + m) and columns [j0, j0 + n) have no group and no positive in common.
   bool apart(i64 i0, i64 m, i64 j0, i64 n) const {
     const ContrastivePairs& p = scores_.pairs;
-    if (!p.row_group || m <= 0 || n <= 0) return false;
+    const i64 first = i0 + p.offset;
+    if (!p.row_group || (first < j0 + n && j0 < first + m)) return false;
     const auto rows = std::minmax_element(p.row_group + i0, p.row_group + i0 + m);
     const auto cols = std::minmax_element(p.col_group + j0, p.col_group + j0 + n);
     return *rows.second < *cols.first || *cols.second < *rows.first;

@@ -55,7 +55,8 @@ Isa isa_from_name(const std::string& name) {
     if (name == isa_name(isa)) return isa;
   if (name == isa_name(Isa::kAmxEmulated)) return Isa::kAmxEmulated;
   throw std::invalid_argument("unknown instruction set '" + name +
-                              "'; known: scalar, avx2, avx512f, avx512_bf16, amx_bf16, amx_emulated");
+                              "'; known: scalar, avx2, avx512f, avx512_bf16, amx_bf16, "
+                              "amx_emulated");
 }
 
 bool isa_supported(Isa isa) {

@@ -64,8 +64,8 @@ class Scanner {
     const i64 fitting = kListBytes / (threads_ * capacity_ * static_cast<i64>(sizeof(i64)));
     queries_ = std::min(std::clamp(fitting / engine_.lanes * engine_.lanes, engine_.lanes,
                                    kMaxQueries), q_.rows);
-    width_ = engine_.panels(queries_) * engine_.lanes;
-    packed_.reserve(width_ * words_);
+    packed_.reserve(engine_.packed_words(queries_, q_.columns));
+    width_ = row_width(engine_.panels(queries_) * engine_.lanes);
     q_inv_.reserve(width_);
     workers_ = std::vector<Worker>(static_cast<std::size_t>(threads_));
     for (Worker& own : workers_) {
@@ -84,10 +84,13 @@ class Scanner {
   }
 
  private:
+  // Columns of a row of scores: whole chunks of the filter.
+  static i64 row_width(i64 columns) { return (columns + 15) / 16 * 16; }
+
   void scan_queries(i64 q0) {
     const i64 used = std::min(queries_, q_.rows - q0);
     const i64 panels = engine_.panels(used);
-    for (i64 j = 0; j < panels * engine_.lanes; ++j)
+    for (i64 j = 0; j < width_; ++j)
       q_inv_.data()[j] = scan_.operands.q_inv && j < used ? scan_.operands.q_inv[q0 + j] : 1.0f;
     // Here and not in work(): OpenMP may grant fewer threads than asked for.
     for (Worker& own : workers_) std::fill(own.counts.begin(), own.counts.end(), 0);
@@ -124,7 +127,8 @@ class Scanner {
       const i64 c0 = block * block_;
       const i64 m = std::min(block_, c_.rows - c0);
       const bool narrow = used <= engine_.narrow_lanes;
-      const i64 columns = narrow ? engine_.narrow_lanes : engine_.panels(used) * engine_.lanes;
+      const i64 columns =
+          row_width(narrow ? engine_.narrow_lanes : engine_.panels(used) * engine_.lanes);
       score(own, c0, m, narrow, used, columns);
       collect(own, q0, used, c0, m, columns);
     }

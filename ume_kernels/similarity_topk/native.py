@@ -78,7 +78,8 @@ def scan(
             raise ValueError(f"allowed has shape {tuple(allowed.shape)}")
         allowed = allowed.bool()
         allowed = _rows(allowed) if allowed.ndim == 2 else allowed.contiguous()
-        stride = max(allowed.stride(0), 1) if allowed.ndim == 2 else 0
+        # An expanded row has stride 0 too: to the kernel that is a mask for all queries.
+        stride = allowed.stride(0) if allowed.ndim == 2 else 0
     has_nan = _C.similarity_topk_scan(
         _matrix(q),
         _matrix(c),

@@ -6,7 +6,8 @@
 //   A  rows that are read where they lie: word (r, kk) at a + r * row_stride + kk * k_stride,
 //      strides in bytes, 2-byte alignment suffices.
 //   B  packed into panels of `lanes` columns: word (kk, col) of a panel at panel[kk * lanes + col],
-//      panels one after the other, the last one filled with zero columns.
+//      panels one after the other, the last one filled with zero columns. (Their products are
+//      written too: 0, or NaN for a row of A with NaN or infinity.)
 //
 // Each output is accumulated over kk in one fixed order that depends on kk, the kind of word and
 // the instruction set only: it is bit-identical wherever it stands and whatever surrounds it.
