@@ -2,8 +2,10 @@
 // into weights u, and multiplied with both inputs while it is in the cache.
 //
 //     u[i, j] = (g_row[i] e^(s - row_lse[i]) + g_col[j] e^(s - col_lse[j]) + g_pos[i] [j = i + o])
-//               * scale * q_inv[i] * p_inv[j]
-//     dq = u p,   dp = u^T q
+//               * q_inv[i] * p_inv[j]
+//     dq = scale u p,   dp = scale u^T q,   dscale = sum_i <q_i, (u p)_i>
+//
+// The scale is applied at the end, so that a scale of 0 has a gradient too.
 //
 // Strips of rows are the outer loop, so the gradient of a strip of q is finished with it; that of
 // p is summed over the strips, in their order. Inside a block of strip x columns three parallel
@@ -181,7 +183,7 @@ class Backward {
           separate(i, j0, n, row, by, g, g_col, col_lse, own);
         const i64 positive = i + scores_.pairs.offset - j0;
         if (positive >= 0 && positive < n) row[positive] += out_.g_pos[i];
-        ops_.scale(row, column, tile_.row_factor(i), n);
+        ops_.scale(row, column, scores_.q_inv ? scores_.q_inv[i] : 1.0f, n);
       }
     }
     if (!bf16_) return;
@@ -218,9 +220,7 @@ class Backward {
       if (tile_.plain()) {
         std::copy_n(row, n, copy);
       } else {
-        tile_.addends(i, j0, n, row, own.by_row.data(), copy);
-        ops_.add(copy, row, n);
-        ops_.add(row, own.by_row.data(), n);
+        tile_.select(i, j0, n, row, row, copy);
       }
       by_col = copy;
     }
@@ -232,9 +232,9 @@ class Backward {
     float q_dot = 0.0f;
     const bool to_bf16 = scores_.q.element == Element::kBFloat16;
     const i64 bytes = d_ * (to_bf16 ? 2 : 4);
-    contrastive_project(ops_, scores_.q, i, scores_.q_inv, gradient, d_,
+    contrastive_project(ops_, scores_.q, i, scores_.q_inv, scores_.scale, gradient, d_,
                         static_cast<char*>(out_.dq) + i * bytes, &q_dot);
-    out_.dscale[i] = q_dot / scores_.scale;
+    out_.dscale[i] = q_dot;
   }
 
   const ContrastiveScores& scores_;
@@ -268,7 +268,7 @@ void contrastive_finish(const ContrastiveScores& scores, const float* dp_sum, vo
 #endif
   for (i64 j = 0; j < scores.p.rows; ++j) {
     float dot;
-    contrastive_project(ops, scores.p, j, scores.p_inv, dp_sum + j * wide, d,
+    contrastive_project(ops, scores.p, j, scores.p_inv, scores.scale, dp_sum + j * wide, d,
                         static_cast<char*>(dp) + j * bytes, &dot);
   }
 }

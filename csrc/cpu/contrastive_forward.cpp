@@ -174,9 +174,7 @@ class Forward {
 
   // own.by_row, own.by_col: the scores of row i that count in either direction, else -inf.
   void masked(i64 i, i64 j0, i64 n, const float* s, Scratch& own) const {
-    tile_.addends(i, j0, n, s, own.by_row.data(), own.by_col.data());
-    ops_.add(own.by_row.data(), s, n);
-    ops_.add(own.by_col.data(), s, n);
+    tile_.select(i, j0, n, s, own.by_row.data(), own.by_col.data());
   }
 
   void hardest(i64 i, i64 j0, i64 n, const float* by_row, float top) const {

@@ -14,8 +14,6 @@ namespace ume {
 struct ContrastiveRowOps {
   // s[j] *= factor * column[j]
   void (*scale)(float* s, const float* column, float factor, std::int64_t n);
-  // s[j] += add[j]
-  void (*add)(float* s, const float* add, std::int64_t n);
   // max_j s[j], -inf for none
   float (*max)(const float* s, std::int64_t n);
   // top[j] = max(top[j], s[j])
@@ -39,9 +37,9 @@ struct ContrastiveRowOps {
   void (*to_bf16_pairs)(std::uint16_t* out, const float* a, const float* b, std::int64_t n);
   // sum_j x[j] g[j]
   float (*dot)(const void* x, Element element, const float* g, std::int64_t n);
-  // out[j] = g[j] + factor * x[j], bf16 for bf16 x, else fp32; out may be g
-  void (*project)(void* out, const void* x, Element element, const float* g, float factor,
-                  std::int64_t n);
+  // out[j] = scale * g[j] + factor * x[j], bf16 for bf16 x, else fp32; out may be g
+  void (*project)(void* out, const void* x, Element element, const float* g, float scale,
+                  float factor, std::int64_t n);
 };
 
 // Throws std::invalid_argument when this machine or build has no path for `isa`.

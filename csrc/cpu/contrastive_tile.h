@@ -93,8 +93,9 @@ class ContrastiveTile {
     for (i64 j = 0; j < n; ++j) column[j] = scores_.p_inv ? scores_.p_inv[j0 + j] : 1.0f;
   }
 
-  // by_row[j], by_col[j]: 0 where pair (i, j0 + j) counts in that direction, else -inf.
-  void addends(i64 i, i64 j0, i64 n, const float* s, float* by_row, float* by_col) const {
+  // by_row[j], by_col[j]: s[j] where pair (i, j0 + j) counts in that direction, else -inf, whatever
+  // s[j] is. by_row may be s.
+  void select(i64 i, i64 j0, i64 n, const float* s, float* by_row, float* by_col) const {
     const ContrastivePairs& p = scores_.pairs;
     const bool row_counts = !p.row_mask || p.row_mask[i];
     const float row_limit = p.row_limit ? p.row_limit[i] : -kNone;
@@ -105,8 +106,8 @@ class ContrastiveTile {
       const bool below_row = !(s[j] > row_limit) || j == positive;
       const bool below_col = !p.col_limit || !(s[j] > p.col_limit[j0 + j]) || j == positive;
       const bool col_counts = !p.col_mask || p.col_mask[j0 + j];
-      by_row[j] = together && col_counts && below_row ? 0.0f : kNone;
-      by_col[j] = together && row_counts && below_col ? 0.0f : kNone;
+      by_col[j] = together && row_counts && below_col ? s[j] : kNone;
+      by_row[j] = together && col_counts && below_row ? s[j] : kNone;
     }
     if (p.ignore_start) {
       const std::int32_t* last = p.ignore_col + p.ignore_start[i + 1];
@@ -124,16 +125,17 @@ class ContrastiveTile {
   bool in_place_, plain_;
 };
 
-// out = g - x inv^2 <x, g> for row `index` of x (only <x, g> is computed without inv), as bf16 for
-// bf16 rows, else fp32. g and out may be the same memory. *dot = <x, g>.
+// out = scale (g - x inv^2 <x, g>) for row `index` of x (scale g without inv), as bf16 for bf16
+// rows, else fp32. g and out may be the same memory. *dot = <x, g>.
 inline void contrastive_project(const ContrastiveRowOps& ops, const MatrixView& x,
-                                std::int64_t index, const float* inv, const float* g,
+                                std::int64_t index, const float* inv, float scale, const float* g,
                                 std::int64_t d, void* out, float* dot) {
   const void* row = x.row(index);
   *dot = ops.dot(row, x.element, g, d);
   // A row shorter than the normalisation's bound was divided by that constant, not by its norm.
-  const float factor = inv && inv[index] < 1e12f ? -*dot * inv[index] * inv[index] : 0.0f;
-  ops.project(out, row, x.element, g, factor, d);
+  const bool projected = inv && inv[index] < 1e12f;
+  const float factor = projected ? -*dot * inv[index] * inv[index] * scale : 0.0f;
+  ops.project(out, row, x.element, g, scale, factor, d);
 }
 
 }  // namespace ume

@@ -53,6 +53,7 @@ def test_all_ranks(world: int, tmp_path: Path) -> None:
         gathered_gives_the_same_bits_twice,
         extra_negatives_stay_local,
         nothing_counts_on_a_rank,
+        an_empty_list_is_no_list,
         bad_input_raises_everywhere,
         inside_a_subgroup,
     ]
@@ -287,6 +288,16 @@ def bad_input_raises_everywhere(rank: int, world: int) -> None:
     )
     # and the group still works
     assert bool(distributed_contrastive_loss(q, p).isfinite())
+
+
+def an_empty_list_is_no_list(rank: int, world: int) -> None:
+    """Also when only one rank has it: what the ranks exchange must not depend on it."""
+    q, p = inputs(world)
+    rows = rows_of(rank, world)
+    empty = torch.empty(0, 2, dtype=torch.int64) if rank == 0 else None
+    found = run(q[rows], p[rows], ignore=empty)
+    expected = run(q[rows], p[rows])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def inside_a_subgroup(rank: int, world: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ume_kernels
+from ume_kernels import native
 from ume_kernels.contrastive_loss import (
     ContrastiveStats,
     blocked,
@@ -326,3 +327,67 @@ def test_an_offset_in_a_pair_of_masks_is_checked_against_columns() -> None:
         contrastive_loss(X, p, groups=LONG)
     with pytest.raises(ValueError, match="is a positive"):
         contrastive_loss(X, p, row_offset=2, ignore=torch.tensor([[1, 3]]))
+
+
+HOST = ["torch", "native"]
+
+
+@pytest.fixture(params=HOST)
+def host(request: pytest.FixtureRequest) -> str:
+    if request.param == "native" and native.module is None:
+        pytest.skip(str(native.missing))
+    return str(request.param)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(host: str, default: torch.dtype) -> None:
+    q, p = (x.requires_grad_() for x in matrices(30, 30, 16))
+    expected = contrastive_loss(q, p, backend=host)
+    wanted = gradients(expected, q, p)
+    torch.set_default_dtype(default)
+    try:
+        loss = contrastive_loss(q, p, backend=host)
+        found = gradients(loss, q, p)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])
+def test_what_a_pair_that_does_not_exist_holds_has_no_effect(host: str, bad: float) -> None:
+    q, p = matrices(5, 9, 8)
+    ignored = torch.stack([torch.arange(5), torch.full((5,), 8)], dim=1)
+    options: dict[str, Any] = {"normalize": False, "scale": 1.0, "reduction": "none"}
+    expected = contrastive_loss(q, p[:8], backend=host, **options)
+    p[8] = bad
+    loss = contrastive_loss(q, p, ignore=ignored, backend=host, **options)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_scale_of_zero_has_a_gradient(host: str) -> None:
+    q, p = matrices(7, 7, 5)
+    found, wanted = (torch.zeros((), requires_grad=True) for _ in range(2))
+    grad = gradients(contrastive_loss(q, p, scale=found, backend=host), found)[0]
+    expected = gradients(contrastive_loss_reference(q, p, scale=wanted), wanted)[0]
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_copies_of_the_positive_survive_a_margin_of_zero(host: str, normalize: bool) -> None:
+    q, p = matrices(12, 12, 33)
+    p[6:] = p[:6]
+    q[:] = p + 0.1 * q  # the positive and its copy are each row's largest scores
+    options: dict[str, Any] = {"ignore": 0.0, "reduction": "none", "normalize": normalize}
+    options["bidirectional"] = False  # the copies' queries are no copies
+    loss = contrastive_loss(q, p, backend=host, **options)
+    assert float(loss.min()) > 0.6  # log 2: the copy takes half
+    torch.testing.assert_close(
+        loss, contrastive_loss_reference(q, p, **options), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_forward_mode_is_refused() -> None:
+    q, p = matrices(4, 4, 5)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: contrastive_loss(x, p), (q,), (torch.ones_like(q),))

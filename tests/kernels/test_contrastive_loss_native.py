@@ -131,7 +131,7 @@ def assert_agrees(problem: Problem, isa: str | None = None, columns: bool = True
     # bf16 weights and bf16 results: each rounds to 2^-9
     tolerance = 2e-5 if problem.q.dtype is torch.float32 else 6e-3
     # the projection may leave nothing but rounding of what it was applied to
-    projected = 1e-2 * problem.scale
+    projected = 5e-2 * problem.scale
     if problem.normalize:
         projected *= float(max(inverse_norms(problem.q).max(), inverse_norms(problem.p).max()))
     for name in ("row_lse", "col_lse", "pos", "hard") if columns else ("row_lse", "pos", "hard"):

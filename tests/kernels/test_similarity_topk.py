@@ -492,3 +492,39 @@ def test_compiled_graphs_hold_one_operator_without_a_break() -> None:
         torch.ops.ume.similarity_topk.default,
         (q.detach(), c, 7, True, allowed, None, True, None),
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_dtype_changes_nothing(backend):
+    q, c = torch.randn(5, 24), torch.randn(40, 24)
+    expected = similarity_topk(q, c, 7, normalize=True, backend=backend)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = similarity_topk(q, c, 7, normalize=True, backend=backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_that_negate_are_read_as_such(backend):
+    q, c = torch.randn(4, 16), torch.randn(20, 16)
+    for a, b in ((torch._neg_view(q), c), (q, torch._neg_view(c))):
+        expected = similarity_topk(-q, c, 3, backend=backend)
+        found = similarity_topk(a, b, 3, backend=backend)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_tuple_of_segments_is_rows_and_offsets_in_any_container():
+    q, c = torch.randn(2, 8), torch.randn(9, 8)
+    rows, offsets = [4, 1, 7, 0, 2], [0, 3, 5]
+    expected = similarity_topk(q, c, 2, segments=(torch.tensor(rows), torch.tensor(offsets)))
+    for kind in (list, np.asarray):
+        found = similarity_topk(q, c, 2, segments=(kind(rows), kind(offsets)))
+        assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("k", [2.0, True, None])
+def test_k_is_an_integer(k):
+    with pytest.raises(ValueError, match="k must be an integer"):
+        similarity_topk(torch.randn(2, 4), torch.randn(5, 4), k)

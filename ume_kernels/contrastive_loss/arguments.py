@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.autograd import forward_ad
 
 Tensor = torch.Tensor
 
@@ -65,6 +66,18 @@ def check_matrices(q: Any, p: Any) -> None:
         raise ValueError(f"q is on {q.device} and p on {p.device}: they must be on one device")
     if max(q.shape[0], p.shape[0]) > _INT32_MAX:
         raise ValueError(f"at most {_INT32_MAX} rows are supported, got {tuple(p.shape)}")
+
+
+def check_no_tangent(*inputs: object) -> None:
+    """Refuse forward-mode differentiation, whose tangents an operator would drop silently."""
+    if torch.compiler.is_compiling():
+        return
+    for x in inputs:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                "contrastive_loss has no forward-mode derivative: use its backward, or "
+                "contrastive_loss_reference"
+            )
 
 
 def check_sizes(n: int, m: int, row_offset: Any) -> None:

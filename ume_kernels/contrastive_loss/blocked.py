@@ -109,8 +109,10 @@ def backward(
             tile.positives(t).add_(g_pos[tile.rows_with_positive()])
             gq += t @ b
             gp[cols] += t.T @ a
-        gq *= scale if q_inv is None else scale * q_inv[rows, None]
-        dscale += scale_gradient(q[rows], gq, scale)
+        if q_inv is not None:
+            gq *= q_inv[rows, None]
+        dscale += scale_gradient(q[rows], gq)
+        gq *= scale
         dq[rows] = finish(q[rows], None if q_inv is None else q_inv[rows], gq)
     gp *= scale if p_inv is None else scale * p_inv[:, None]
     return dq, finish(p, p_inv, gp), dscale

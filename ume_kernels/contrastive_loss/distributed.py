@@ -22,10 +22,10 @@ from ume_kernels.contrastive_loss.arguments import (
 from ume_kernels.contrastive_loss.exchange import Layout, gather, gather_header
 from ume_kernels.contrastive_loss.extra import extra_lse, zero_masked_sets
 from ume_kernels.contrastive_loss.op import contrastive_loss, reduce_rows
-from ume_kernels.contrastive_loss.pairs import inverses, positive_scores
 from ume_kernels.contrastive_loss.prepare import (
     Prepared,
     add_masked,
+    margin_limit,
     poison,
     prepare,
     scale_tensor,
@@ -138,7 +138,8 @@ def distributed_contrastive_loss(
             _raise_together(error, _gather_flags(error, group, q.device))
         row_limit = None
         if mine.margin is not None:
-            row_limit = _row_limit(q, p, factor, normalize, mine.margin)
+            # for both directions: the positives are local
+            row_limit = margin_limit(q, p, factor, normalize, 0, mine.margin)
         sides = tuple(replace(side.pairs, row_limit=row_limit) for side in prepared)
         plan = Plan(layout, sides, ring, normalize, insisted)
         pos, *sums = RowLse.apply(q, p, factor, plan)
@@ -251,6 +252,8 @@ def _share(
         offsets = torch.tensor([layout.start, 0], device=device)
         everyone = replace(everyone, ignore=gather(local + offsets, listed, group))
         mine = replace(mine, ignore=local)
+    else:  # an empty list here and none there: what follows must be the same on all ranks
+        mine = replace(mine, ignore=None)
     return mine, everyone
 
 
@@ -290,10 +293,3 @@ def _prepare_sides(
             )
         )
     return [prepare(side, n, layout.total, start) for side in sides]
-
-
-def _row_limit(q: Tensor, p: Tensor, scale: Tensor, normalize: bool, margin: float) -> Tensor:
-    """Largest score of a negative, for both directions: the positives are local."""
-    with torch.no_grad():
-        inverse = inverses(q, p, normalize)
-        return positive_scores(q, p, *inverse, scale, 0) - margin * scale

@@ -146,7 +146,7 @@ def forward(
     backend: str | None = None,
 ) -> LseOutput:
     """The pass on the backend that `dispatch` chooses; scale in the accumulation dtype."""
-    q, p, scale = q.detach(), p.detach(), scale.detach()
+    q, p, scale = (t.detach().resolve_neg() for t in (q, p, scale))
     chosen = dispatch.select(NAME, q, p, backend=backend)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         if _needs_copies(chosen, q.dtype, normalize):
@@ -176,7 +176,7 @@ def backward(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dp, dscale)`` from the gradients of ``row_lse``, ``col_lse`` and ``pos``."""
-    q, p, scale = q.detach(), p.detach(), scale.detach()
+    q, p, scale = (t.detach().resolve_neg() for t in (q, p, scale))
     chosen = dispatch.select(NAME, q, p, backend=backend)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         inverse = inverses(q, p, normalize)

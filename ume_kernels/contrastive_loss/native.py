@@ -71,6 +71,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
+def _floats(count: int) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.float32)  # whatever the default dtype is
+
+
 def forward(
     q: torch.Tensor,
     p: torch.Tensor,
@@ -90,10 +94,10 @@ def forward(
     scores = _Scores(q, p, q_inv, p_inv, scale, pairs)
     n, m = q.shape[0], p.shape[0]
     out = LseOutput(
-        torch.empty(n),
-        torch.empty(m if columns else 0),
-        torch.empty(n),
-        torch.empty(n if hardest else 0),
+        _floats(n),
+        _floats(m if columns else 0),
+        _floats(n),
+        _floats(n if hardest else 0),
         torch.empty(n if hardest else 0, dtype=torch.int64),
     )
     _C.contrastive_forward(
@@ -134,9 +138,9 @@ def backward(
     out_dtype = torch.bfloat16 if q.dtype is torch.bfloat16 else torch.float32
     threads = torch.get_num_threads()
     wide = _C.contrastive_dp_columns(_ELEMENTS[q.dtype], d, isa)
-    dp_sum = torch.zeros(m, wide)
+    dp_sum = torch.zeros(m, wide, dtype=torch.float32)
     dq = torch.empty(n, d, dtype=out_dtype)
-    dscale = torch.empty(n)
+    dscale = _floats(n)
     _C.contrastive_backward(
         *scores.arguments,
         [_address(t) for t in inputs],

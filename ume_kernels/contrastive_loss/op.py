@@ -12,6 +12,7 @@ from ume_kernels.contrastive_loss.arguments import (
     Reduction,
     check_extra,
     check_matrices,
+    check_no_tangent,
     check_options,
     check_sizes,
     select_pairs,
@@ -93,8 +94,9 @@ def contrastive_loss(
     mean of that and ``log sum_k exp s_kc - s_ic``. The defaults are the loss of PLUME's training
     (``_distributed_bidirectional_contrastive_loss`` on one device).
 
-    Accumulates in float32 (float64 for float64), the same bits for the same inputs and backend.
-    The backward computes the scores a second time and cannot be differentiated again.
+    Accumulates in float32 (float64 for float64), the same bits for the same inputs and backend
+    (PyTorch's own products also depend on its number of threads). The backward computes the scores
+    a second time and cannot be differentiated again; there is no forward-mode derivative.
 
     Args:
         q: ``[N, D]`` float32, float16, bfloat16 or float64.
@@ -112,9 +114,9 @@ def contrastive_loss(
         extra_negatives: ``[H, D]`` for every query or ``[N, H, D]``, one set each; of all groups.
             They join the sums over the targets, not those over the queries.
         ignore: int64 ``[E, 2]`` of pairs (row, column) that do not exist; or a float margin that
-            drops what scores above positive - margin before scaling, in each direction against
-            its own positive and without a gradient through the threshold, extra negatives too; or
-            a tuple of both.
+            drops what scores above positive - margin before scaling (by more than rounding), in
+            each direction against its own positive and without a gradient through the threshold,
+            extra negatives too; or a tuple of both.
         reduction: ``"mean"`` over the rows that count (0 if none does, with zero gradients),
             ``"sum"``, or ``"none"``: ``[N]``, 0 where a row does not count.
         return_stats: also return `ContrastiveStats`, from the same pass.
@@ -122,7 +124,9 @@ def contrastive_loss(
 
     Returns:
         The loss in the accumulation dtype, and the stats where asked for. NaN or infinity in a
-        valid row makes the loss NaN or infinite; no index is reported for such a row.
+        valid row shows as NaN or infinity in the loss, the gradient or both; no index is reported
+        for such a row. A row whose norm overflows float32 is divided by infinity, as
+        ``torch.nn.functional.normalize`` does.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Values of ``groups``
@@ -131,6 +135,7 @@ def contrastive_loss(
         BackendError: ``backend`` or ``UME_BACKEND`` asks for one that cannot run.
     """
     check_matrices(q, p)
+    check_no_tangent(q, p, scale, extra_negatives)
     n, m = q.shape[0], p.shape[0]
     check_sizes(n, m, row_offset)
     check_options(scale, reduction)

@@ -144,11 +144,14 @@ def finish(
     return out
 
 
-def scale_gradient(q: torch.Tensor, grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``sum_i q_i . grad_i / scale`` (0-d), `grad` as `finish` takes it; rows in blocks."""
+def scale_gradient(q: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """``sum_i q_i . grad_i`` (0-d) where ``scale grad`` is what `finish` takes; rows in blocks.
+
+    Without a division by the scale, which may be 0 while it is learned.
+    """
     total = grad.new_zeros(())
     step = 4096
     for at in range(0, q.shape[0], step):
         rows = slice(at, min(at + step, q.shape[0]))
         total = total + (q[rows].to(grad.dtype) * grad[rows]).sum()
-    return total / scale.to(grad.dtype)
+    return total

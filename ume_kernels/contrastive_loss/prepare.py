@@ -56,27 +56,41 @@ def prepare(selection: Selection, n: int, m: int, offset: int) -> Prepared:
     return Prepared(pairs, row_count, col_count)
 
 
+def margin_limit(
+    q: Tensor, p: Tensor, scale: Tensor, normalize: bool, offset: int, margin: float
+) -> Tensor:
+    """``[N]``: what a negative's score must not exceed, ``positive - margin scale``.
+
+    Rounding is allowed for: the scores of the tiles are sums in another order, and a copy of the
+    positive must not be dropped or kept by chance. No gradient.
+    """
+    with torch.no_grad():
+        inverse = inverses(q, p, normalize)
+        positive = positive_scores(q, p, *inverse, scale, offset)
+        sizes: Tensor | float = 1.0
+        if not normalize:
+            norms = [torch.linalg.vector_norm(x, dim=-1, dtype=positive.dtype) for x in (q, p)]
+            sizes = norms[0] * norms[1][offset : offset + q.shape[0]]
+        rounding = 32 * torch.finfo(positive.dtype).eps * scale * sizes
+        return positive - margin * scale + rounding
+
+
 def with_margin(
     prepared: Prepared, q: Tensor, p: Tensor, scale: Tensor, normalize: bool, margin: float
 ) -> Prepared:
-    """`prepared` that also drops, in each direction, what scores above positive - `margin`.
-
-    That is a score above ``positive - margin scale`` after scaling. No gradient.
-    """
+    """`prepared` that also drops, in each direction, what scores above positive - `margin`."""
     offset, n, m = prepared.pairs.offset, q.shape[0], p.shape[0]
-    with torch.no_grad():
-        inverse = inverses(q, p, normalize)
-        row = positive_scores(q, p, *inverse, scale, offset) - margin * scale
-        col = torch.cat([row.new_full((offset,), torch.inf), row])
-        col = torch.cat([col, row.new_full((m - offset - n,), torch.inf)])
+    row = margin_limit(q, p, scale, normalize, offset, margin)
+    col = torch.cat([row.new_full((offset,), torch.inf), row])
+    col = torch.cat([col, row.new_full((m - offset - n,), torch.inf)])
     return replace(prepared, pairs=replace(prepared.pairs, row_limit=row, col_limit=col))
 
 
 def poison(*inputs: Tensor | None) -> Tensor:
     """0, or NaN if an input holds NaN or infinity, which comparisons with a margin would drop."""
     with torch.no_grad():
-        ends = [end.float() * 0 for x in inputs if x is not None for end in (x.amax(), x.amin())]
-        return torch.stack(ends).sum()
+        ends = [end * 0.0 for x in inputs if x is not None for end in (x.amax(), x.amin())]
+        return torch.stack(ends).float().sum()
 
 
 def slice_columns(pairs: Pairs, start: int, stop: int) -> Pairs:

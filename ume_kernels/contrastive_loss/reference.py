@@ -81,10 +81,11 @@ def contrastive_loss_reference(
     drop_rows, drop_columns = ~exists, ~exists
     if selection.margin is not None:
         limit = (positive - selection.margin * scale).detach()
-        drop_rows = drop_rows | ((in_rows > limit[:, None]) & ~is_positive)
+        drop_rows = drop_rows | ((in_rows > limit[:, None]) & ~is_positive & col_valid)
         by_column = limit.new_full((m,), torch.inf)
         by_column[label] = limit
-        drop_columns = drop_columns | ((in_columns > by_column) & ~is_positive)
+        above = (in_columns > by_column) & row_valid[:, None]
+        drop_columns = drop_columns | (above & ~is_positive)
         if extra is not None:
             extra = extra.masked_fill(extra > limit[:, None], -torch.inf)
     in_rows = in_rows.masked_fill(drop_rows, -torch.inf)

@@ -18,6 +18,8 @@ Segments = tuple[torch.Tensor, torch.Tensor]
 
 def check_matrices(q: torch.Tensor, c: torch.Tensor | Rows, k: int, block: int | None) -> None:
     """Raise ValueError unless the queries, the corpus, ``k`` and ``block`` fit each other."""
+    if not isinstance(q, torch.Tensor):
+        raise TypeError(f"q must be a tensor, got {type(q).__name__}: torch.as_tensor makes one")
     for name, matrix in (("q", q), ("c", c)):
         if len(matrix.shape) != 2:
             raise ValueError(f"{name} must be a matrix, got shape {tuple(matrix.shape)}")
@@ -33,6 +35,8 @@ def check_matrices(q: torch.Tensor, c: torch.Tensor | Rows, k: int, block: int |
         )
     if c.shape[0] > MAX_CANDIDATES:
         raise ValueError(f"c has {c.shape[0]} rows; at most {MAX_CANDIDATES} are supported")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise ValueError(f"k must be an integer, got {k!r}")
     if not 1 <= k <= c.shape[0]:
         raise ValueError(f"k is {k}, but must be 1 … {c.shape[0]} (the number of candidates)")
     if block is not None and block < 1:
@@ -43,6 +47,8 @@ def check_allowed(allowed: torch.Tensor | None, q: torch.Tensor, candidates: int
     """Raise ValueError unless ``allowed`` is a mask of the candidates or of the pairs."""
     if allowed is None:
         return
+    if not isinstance(allowed, torch.Tensor):
+        raise TypeError(f"allowed must be a tensor, got {type(allowed).__name__}")
     shapes = ((candidates,), (q.shape[0], candidates))
     if allowed.dtype is not torch.bool or tuple(allowed.shape) not in shapes:
         raise ValueError(
@@ -59,7 +65,12 @@ def segments_of(segments: Any, queries: int, candidates: int, device: torch.devi
     Raises:
         ValueError: a list does not fit the queries, or a row is not one of the corpus.
     """
-    if isinstance(segments, tuple) and len(segments) == 2 and torch.is_tensor(segments[1]):
+    if isinstance(segments, tuple):
+        if len(segments) != 2:
+            raise ValueError(
+                f"a tuple of segments is (rows, offsets), got {len(segments)} parts; "
+                "give one list per query as a list"
+            )
         rows, offsets = (_integers(part, device) for part in segments)
         if offsets.shape != (queries + 1,):
             raise ValueError(

@@ -144,7 +144,7 @@ def inverse_norms(matrix: torch.Tensor, rows: torch.Tensor | None = None) -> tor
     With ``rows``, int64, only those are computed; the others are 0.
     """
     count = matrix.shape[0]
-    found = torch.zeros(count, device=matrix.device)
+    found = torch.zeros(count, dtype=torch.float32, device=matrix.device)
     picked = None if rows is None or rows.shape[0] >= count else rows.unique()
     for start in range(0, count if picked is None else picked.shape[0], CANDIDATES):
         part = slice(start, start + CANDIDATES)

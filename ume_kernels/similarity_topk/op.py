@@ -110,6 +110,9 @@ def search(
     """``similarity_topk`` outside of compiled graphs."""
     corpus = stream.in_memory(c)
     arguments.check_matrices(q, corpus, k, block)
+    q = q.resolve_neg()  # kernels read the bytes
+    if isinstance(corpus, torch.Tensor):
+        corpus = corpus.resolve_neg()
     arguments.check_allowed(allowed, q, corpus.shape[0])
     ragged = None
     if segments is not None:

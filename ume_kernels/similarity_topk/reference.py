@@ -27,7 +27,7 @@ def whole_tiles(rows: int) -> int:
 def padded(rows: torch.Tensor, count: int | None = None) -> torch.Tensor:
     """``rows`` as a fresh float32 matrix of ``count`` rows, else of whole tiles."""
     count = whole_tiles(rows.shape[0]) if count is None else count
-    filled = torch.zeros(count, rows.shape[1], device=rows.device)
+    filled = torch.zeros(count, rows.shape[1], dtype=torch.float32, device=rows.device)
     filled[: rows.shape[0]] = rows
     return filled
 

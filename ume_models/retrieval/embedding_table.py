@@ -41,6 +41,10 @@ class EmbeddingTable:
         shape = tuple(self.embeddings.shape)
         if self.embeddings.ndim != 2 or 0 in shape:
             raise ValueError(f"embeddings must be a non-empty matrix, got shape {shape}")
+        if self.embeddings.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"embeddings must be float32, float16 or bfloat16, got {self.embeddings.dtype}"
+            )
         if len(self.ids) != shape[0]:
             raise ValueError(f"{len(self.ids)} ids for {shape[0]} embeddings: they must agree")
         if self.mapped:

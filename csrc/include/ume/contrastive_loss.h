@@ -42,7 +42,7 @@ struct ContrastiveForward {
 
 // g_*: gradients of the loss by row_lse, col_lse and pos. Those of q and p are bf16 for bf16
 // inputs, else fp32; those of normalised inputs (q_inv given) are projected: q_inv is 1 / |q|.
-// dscale[i] sums to the gradient of the scale.
+// dscale sums to the gradient of the scale.
 struct ContrastiveBackward {
   const float* row_lse;  // [N]
   const float* col_lse;  // [M] or nullptr
@@ -50,7 +50,7 @@ struct ContrastiveBackward {
   const float* g_col;    // [M] or nullptr, with col_lse
   const float* g_pos;    // [N]
   void* dq;              // [N, D] contiguous
-  float* dp_sum;         // [M, dp_columns] zeroed; receives the unprojected gradient of p
+  float* dp_sum;         // [M, dp_columns] zeroed; receives sum_i u[i, j] q_i
   float* dscale;         // [N]
 };
 
@@ -63,7 +63,8 @@ void contrastive_forward(const ContrastiveScores& scores, const ContrastiveForwa
 void contrastive_backward(const ContrastiveScores& scores, const ContrastiveBackward& out,
                           int threads, Isa isa);
 
-// dp[j] = dp_sum[j] - p_j p_inv[j]^2 <p_j, dp_sum[j]> (the projection only with p_inv), contiguous.
+// dp[j] = scale (dp_sum[j] - p_j p_inv[j]^2 <p_j, dp_sum[j]>), contiguous; the projection only with
+// p_inv.
 // A step of its own, so that the caller allocates dp after the backward's scratch is gone. dp may
 // be dp_sum where both are fp32 and dp_columns is D.
 void contrastive_finish(const ContrastiveScores& scores, const float* dp_sum, void* dp,
