@@ -157,8 +157,15 @@ def test_another_kind_of_index_is_refused(tmp_path: Path) -> None:
     ExactIndex(vectors(9), names(9)).save(tmp_path)
     with pytest.raises(StoreError, match="type 'exact', not 'faiss'"):
         FaissIndex.load(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"has no index\.json"):
         ExactIndex.load(tmp_path / "nothing")
+
+
+def test_arrays_are_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"embeddings must be a tensor, got ndarray: torch"):
+        ExactIndex(vectors(9).numpy(), names(9))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="queries must be a tensor, got ndarray"):
+        ExactIndex(vectors(9), names(9)).search(vectors(2).numpy(), 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])

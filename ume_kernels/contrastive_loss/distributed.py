@@ -69,7 +69,9 @@ def distributed_contrastive_loss(
 
     Every rank of the group must call it, and call the backward, with the same options. Ranks may
     have different numbers of rows, also none. Without an initialised group, or alone in it, a
-    rank computes ``contrastive_loss``. The backward cannot be differentiated again.
+    rank computes ``contrastive_loss``. The backward cannot be differentiated again, there are no
+    statistics, and ``torch.compile`` leaves it outside of its graphs. The value of ``scale`` is
+    not compared between ranks.
 
     Args:
         q, p: ``[n, D]``, n per rank; dtypes as in ``contrastive_loss``.
@@ -83,7 +85,8 @@ def distributed_contrastive_loss(
             tensor's gradient is that of the rank's own loss.
         valid, groups: of this rank's rows, one tensor ``[n]`` or a pair (queries, targets).
             Groups are the same on all ranks.
-        extra_negatives: ``[H, D]`` or ``[n, H, D]`` for this rank's queries only.
+        extra_negatives: ``[H, D]`` or ``[n, H, D]`` for this rank's queries only; not without
+            ``local_loss``.
         ignore: int64 ``[E, 2]`` pairs of a query of this rank and a target counted over all
             ranks, a margin, or a tuple of both. Both directions leave the pairs out.
 

@@ -101,15 +101,16 @@ def contrastive_loss(
     Args:
         q: ``[N, D]`` float32, float16, bfloat16 or float64.
         p: ``[M, D]`` like q, ``M >= N + row_offset``.
-        scale: positive; as a 0-d tensor, which is not read, it may require a gradient.
+        scale: positive; as a 0-d tensor, whose value is not checked (that would wait for a GPU),
+            it may require a gradient: ``log_scale.exp()``.
         normalize: divide the rows by their norms (at least 1e-12).
         bidirectional: also rank the queries for each target that is a positive.
-        valid: bool ``[M]``, columns and with each its row, or a pair ``([N], [M])``. A row counts
-            if it and its positive are valid. Rows and columns that are not valid get no gradient,
-            whatever they hold, and stay in the other direction's sums with the logit -1e4, as in
-            the official code.
+        valid: bool ``[M]`` for the columns, where a row is as valid as its positive, or a pair
+            ``([N], [M])`` for rows and columns. A row counts if it and its positive are valid.
+            Rows and columns that are not valid get no gradient, whatever they hold, and stay in
+            the other direction's sums with the logit -1e4, as in the official code.
         row_offset: column of the first row's positive.
-        groups: integers ``[M]``, columns and with each its row, or a pair ``([N], [M])``. Pairs of
+        groups: integers, ``[M]`` or a pair ``([N], [M])`` in the same way. Pairs of
             different groups do not exist (not even at -1e4).
         extra_negatives: ``[H, D]`` for every query or ``[N, H, D]``, one set each; of all groups.
             They join the sums over the targets, not those over the queries.

@@ -13,7 +13,9 @@ Tensor = torch.Tensor
 class ContrastiveStats:
     """Detached by-products of a loss. A row that does not count has loss, lse and positive 0.
 
-    Scores are scaled. Extra negatives have the indices M, M + 1, … after the columns.
+    Scores are scaled. Extra negatives have the indices M, M + 1, … after the columns. Negatives
+    are the pairs of the loss: what groups, masks or ``ignore`` leave out is not among them, so a
+    margin of 0 or more makes the accuracy 1.
 
     Attributes:
         loss_per_row: ``[N]``, what ``reduction="none"`` returns.

@@ -38,6 +38,7 @@ class EmbeddingTable:
     mapped: bool = False
 
     def __post_init__(self) -> None:
+        _check_tensor("embeddings", self.embeddings)
         shape = tuple(self.embeddings.shape)
         if self.embeddings.ndim != 2 or 0 in shape:
             raise ValueError(f"embeddings must be a non-empty matrix, got shape {shape}")
@@ -60,6 +61,7 @@ class EmbeddingTable:
 
     def check_queries(self, queries: torch.Tensor, k: int) -> None:
         """Raise ValueError unless ``queries`` is finite ``[Q, D]`` and ``1 <= k <= N``."""
+        _check_tensor("queries", queries)
         rows, columns = self.embeddings.shape
         if queries.ndim != 2 or queries.shape[1] != columns:
             raise ValueError(
@@ -132,6 +134,11 @@ class EmbeddingTable:
             OSError: a file is missing.
         """
         path = Path(directory) / "index.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{directory} has no index.json, which `save` of an index writes. A folder that "
+                "`ume embed` wrote is read by `ume search` and by ume_models.store.EmbeddingStore"
+            )
         try:
             value = json.loads(path.read_bytes())
             if value["format"] != _FORMAT or value["format_version"] != _FORMAT_VERSION:
@@ -144,6 +151,13 @@ class EmbeddingTable:
         if found != kind:
             raise StoreError(f"{directory} is an index of type {found!r}, not {kind!r}")
         return table, settings
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"{name} must be a tensor, got {type(value).__name__}: torch.as_tensor makes one"
+        )
 
 
 def _read_tensor(path: Path) -> torch.Tensor:
