@@ -30,10 +30,14 @@ T* address(std::uintptr_t value) {
   return reinterpret_cast<T*>(value);
 }
 
+ume::Isa chosen_isa(const std::optional<std::string>& name) {
+  return name ? ume::isa_from_name(*name) : ume::best_isa();
+}
+
 void linear_bf16(std::uintptr_t y, std::uintptr_t x, std::uintptr_t w, std::uintptr_t b,
                  std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t ldx,
                  std::int64_t ldw, int threads, const std::optional<std::string>& isa) {
-  const ume::Isa chosen = isa ? ume::isa_from_name(*isa) : ume::best_isa();
+  const ume::Isa chosen = chosen_isa(isa);
   const ume::LinearBf16 args{address<std::uint16_t>(y),       address<const std::uint16_t>(x),
                              address<const std::uint16_t>(w), address<const std::uint16_t>(b),
                              m, n, k, ldx, ldw};
@@ -47,10 +51,6 @@ using Matrix = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, std::
 ume::MatrixView matrix(const Matrix& m) {
   return {address<const void>(std::get<0>(m)), static_cast<ume::Element>(std::get<1>(m)),
           std::get<2>(m), std::get<3>(m), std::get<4>(m)};
-}
-
-ume::Isa chosen_isa(const std::optional<std::string>& name) {
-  return name ? ume::isa_from_name(*name) : ume::best_isa();
 }
 
 // Addresses: row_mask, col_mask, row_group, col_group, ignore_start, ignore_col, row_limit,

@@ -12,20 +12,19 @@ import torch
 
 from ume_kernels import native
 from ume_kernels.dispatch import Obstacle
+from ume_kernels.matrices import row_stride
 
 MIN_CAPABILITY = (8, 0)
 """Ampere: bf16 tensor cores and asynchronous copies."""
 
-ELEMENTS = {torch.float16: 1, torch.bfloat16: 2}
-"""The dtypes that the kernels take, as ``ume::Element``."""
+DTYPES = (torch.float16, torch.bfloat16)
+"""What the kernels take."""
 
 MAX_ROWS = (1 << 31) - 1024
 """Rows of a matrix: positions within a launch are 32-bit."""
 
 _ALIGNED = 8
 """Elements of 16 bytes, which is what the kernels copy at a time."""
-
-Matrix = tuple[int, int, int, int, int]
 
 
 @cache
@@ -53,7 +52,7 @@ def check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
         return Obstacle("its tensors are on different devices")
     if any(t.dtype != first.dtype for t in given):
         return Obstacle("its matrices differ in dtype")
-    if first.dtype not in ELEMENTS:
+    if first.dtype not in DTYPES:
         return Obstacle(f"no CUDA C++ kernel for {first.dtype}, only for bfloat16 and float16")
     capability = _capability(first.device.index)
     if capability < MIN_CAPABILITY:
@@ -73,21 +72,6 @@ def layout(x: torch.Tensor) -> Obstacle | None:
     if x.shape[0] and (x.stride(1) != 1 or row_stride(x) % _ALIGNED or x.data_ptr() % 16):
         return Obstacle("the rows of a matrix do not start at multiples of 16 bytes")
     return None
-
-
-def row_stride(x: torch.Tensor) -> int:
-    """Elements from row to row; a single row may have any stride, a usable one is returned."""
-    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
-
-
-def matrix(x: torch.Tensor) -> Matrix:
-    """A matrix as the native module takes it."""
-    return x.data_ptr(), ELEMENTS[x.dtype], x.shape[0], x.shape[1], row_stride(x)
-
-
-def address(x: torch.Tensor | None) -> int:
-    """Where a tensor starts, 0 for none."""
-    return 0 if x is None else x.data_ptr()
 
 
 def stream(device: torch.device) -> int:

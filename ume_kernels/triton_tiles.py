@@ -50,16 +50,6 @@ def inner_products(
     return acc
 
 
-def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """``x [N, D]`` itself if the elements of a row are neighbours, else a copy."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def row_stride(x: torch.Tensor) -> int:
-    """Elements from row to row; a single row may have any stride, a usable one is returned."""
-    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
-
-
 def as_bytes(mask: torch.Tensor) -> torch.Tensor:
     """A bool mask as the bytes that kernels read; a vector without gaps."""
     return (mask.contiguous() if mask.ndim == 1 else mask).view(torch.uint8)

@@ -12,7 +12,7 @@ import torch
 
 from ume_kernels import cuda_backend, native
 from ume_kernels.contrastive_loss.pairs import LseOutput, Pairs, finish
-from ume_kernels.cuda_backend import address, matrix
+from ume_kernels.matrices import address, matrix
 
 Tensor = torch.Tensor
 

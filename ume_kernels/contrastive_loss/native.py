@@ -6,38 +6,20 @@ from collections.abc import Sequence
 
 import torch
 
-from ume_kernels import native
+from ume_kernels import cpu_backend, native
 from ume_kernels.contrastive_loss.pairs import LseOutput, Pairs
 from ume_kernels.dispatch import Obstacle
+from ume_kernels.matrices import ELEMENTS, address, matrix, rows_contiguous
 
 _C = native.module
-_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-_MISSING = Obstacle(
-    native.missing or "", missing="ume_kernels._C" if _C is None else None, remedy=native.remedy
-)
-_NO_VECTORS = Obstacle("the processor has neither AVX2 nor AVX-512", soft=True)
 
 
 def check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
     """Why the native kernels cannot run for ``(q, p)``, or None; without tensors, the machine."""
-    if _C is None:
-        return _MISSING
-    for tensor in tensors[:2]:
-        assert tensor is not None
-        if not tensor.is_cpu:
-            return Obstacle(f"its tensors are on {tensor.device.type}")
-        if tensor.dtype not in _ELEMENTS:
-            return Obstacle(f"no native kernel for {tensor.dtype}")
-    return _NO_VECTORS if _C.cpu_isa() == "scalar" else None
-
-
-def _matrix(x: torch.Tensor) -> tuple[int, int, int, int, int]:
-    return x.data_ptr(), _ELEMENTS[x.dtype], x.shape[0], x.shape[1], x.stride(0)
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    obstacle = cpu_backend.check(tensors)
+    if obstacle is None and native.cpu_isa() == "scalar":
+        return cpu_backend.NO_VECTORS
+    return obstacle
 
 
 class _Scores:
@@ -52,23 +34,18 @@ class _Scores:
         scale: torch.Tensor,
         pairs: Pairs,
     ) -> None:
-        self.q, self.p = _rows(q), _rows(p)
+        self.q, self.p = rows_contiguous(q), rows_contiguous(p)
         self._kept = [None if t is None else t.contiguous() for t in (q_inv, p_inv)]
         self._pairs = [None if t is None else t.contiguous() for t in pairs.tensors()]
         self.arguments = (
-            _matrix(self.q),
-            _matrix(self.p),
-            _address(self._kept[0]),
-            _address(self._kept[1]),
+            matrix(self.q),
+            matrix(self.p),
+            address(self._kept[0]),
+            address(self._kept[1]),
             float(scale),
             pairs.offset,
-            [_address(t) for t in self._pairs],
+            [address(t) for t in self._pairs],
         )
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x with neighbouring elements in its rows: itself, or a copy."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def _floats(count: int) -> torch.Tensor:
@@ -137,13 +114,13 @@ def backward(
     (n, d), m = q.shape, p.shape[0]
     out_dtype = torch.bfloat16 if q.dtype is torch.bfloat16 else torch.float32
     threads = torch.get_num_threads()
-    wide = _C.contrastive_dp_columns(_ELEMENTS[q.dtype], d, isa)
+    wide = _C.contrastive_dp_columns(ELEMENTS[q.dtype], d, isa)
     dp_sum = torch.zeros(m, wide, dtype=torch.float32)
     dq = torch.empty(n, d, dtype=out_dtype)
     dscale = _floats(n)
     _C.contrastive_backward(
         *scores.arguments,
-        [_address(t) for t in inputs],
+        [address(t) for t in inputs],
         dq.data_ptr(),
         dp_sum.data_ptr(),
         dscale.data_ptr(),

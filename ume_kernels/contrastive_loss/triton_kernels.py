@@ -26,7 +26,8 @@ from ume_kernels.contrastive_loss.triton_pairs import (
     vector_counts,
 )
 from ume_kernels.contrastive_loss.triton_weights import weights_kernel
-from ume_kernels.triton_tiles import as_bytes, row_stride, rows_contiguous
+from ume_kernels.matrices import row_stride, rows_contiguous
+from ume_kernels.triton_tiles import as_bytes
 from ume_kernels.tuning import Config, config
 
 # Ceilings for every shipped configuration.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ume_kernels import dispatch, native
+from ume_kernels.cpu_backend import MISSING, NO_VECTORS
 from ume_kernels.dispatch import Backend, Obstacle
 from ume_kernels.linear import reference
 
@@ -22,10 +23,6 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _max_rows = MAX_ROWS_WITH_AMX if _C is not None and _C.cpu_has_amx_bf16() else MAX_ROWS
 _has_vectors = _C is not None and _C.cpu_isa() != "scalar"
 
-_MISSING = Obstacle(
-    native.missing or "", missing="ume_kernels._C" if _C is None else None, remedy=native.remedy
-)
-_NO_VECTORS = Obstacle("the processor has neither AVX2 nor AVX-512", soft=True)
 _NOT_BF16_CPU = Obstacle("x, weight and bias must be bfloat16 on the CPU")
 _SUBCLASS = Obstacle("x or weight is a tensor subclass, whose own rules PyTorch follows")
 _LAYOUT = Obstacle("the rows of weight and the bias must be contiguous")
@@ -37,9 +34,9 @@ _TOO_MANY_ROWS = Obstacle(f"more than {_max_rows} rows", soft=True)
 def _native_check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
     """Whether the native kernel can (hard obstacles) and should (soft ones) run."""
     if _C is None:
-        return _MISSING
+        return MISSING
     if not tensors:
-        return None if _has_vectors else _NO_VECTORS
+        return None if _has_vectors else NO_VECTORS
     x, weight, bias = tensors
     assert x is not None
     assert weight is not None
@@ -64,7 +61,7 @@ def _native_check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
         if bias.stride(0) != 1:
             return _LAYOUT
     if not _has_vectors:
-        return _NO_VECTORS
+        return NO_VECTORS
     if x.numel() > _max_rows * weight.shape[1]:
         return _TOO_MANY_ROWS
     return None

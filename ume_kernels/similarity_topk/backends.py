@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import torch
 
 from ume_kernels import dispatch, native, triton_backend
+from ume_kernels.cpu_backend import NO_VECTORS
 from ume_kernels.dispatch import Backend, Obstacle
 
 NAME = "similarity_topk"
@@ -31,7 +32,6 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _MANY = Obstacle(f"more than {MAX_FUSED} results per query")
 _SEGMENTS = Obstacle("segments are scored by PyTorch on a GPU")
 _SUBCLASS = Obstacle("q or c is a tensor subclass, whose own rules PyTorch follows")
-_NO_VECTORS = Obstacle("the processor has neither AVX2 nor AVX-512", soft=True)
 
 Tensors = Sequence[torch.Tensor | None]
 
@@ -74,7 +74,7 @@ def _native_check(tensors: Tensors) -> Obstacle | None:
     if any(type(t) not in _PLAIN for t in tensors[:2]):
         return _SUBCLASS
     if native.cpu_isa() == "scalar":
-        return _NO_VECTORS
+        return NO_VECTORS
     return None
 
 

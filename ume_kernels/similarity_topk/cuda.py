@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ume_kernels import cuda_backend, native
-from ume_kernels.cuda_backend import address, matrix
+from ume_kernels.matrices import address, matrix
 
 check = cuda_backend.check
 

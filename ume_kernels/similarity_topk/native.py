@@ -9,32 +9,14 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from ume_kernels import native
-from ume_kernels.dispatch import Obstacle
+from ume_kernels import cpu_backend, native
+from ume_kernels.matrices import address, matrix, rows_contiguous
 
 _C = native.module
-_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-_MISSING = Obstacle(
-    native.missing or "", missing="ume_kernels._C" if _C is None else None, remedy=native.remedy
-)
-
-
-def check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
-    """Why the native kernel cannot run for ``(q, c)``, or None; without tensors, the machine."""
-    if _C is None:
-        return _MISSING
-    for tensor in tensors[:2]:
-        assert tensor is not None
-        if not tensor.is_cpu:
-            return Obstacle(f"its tensors are on {tensor.device.type}")
-        if tensor.dtype not in _ELEMENTS:
-            return Obstacle(f"no native kernel for {tensor.dtype}")
-    return None
+check = cpu_backend.check
 
 
 def scan(
@@ -70,22 +52,26 @@ def scan(
     """
     assert _C is not None
     # Bound to names until the call is over: the addresses must stay valid.
-    q, c, keys = _rows(q), _rows(c), keys.clone(memory_format=torch.contiguous_format)
+    q, c, keys = (
+        rows_contiguous(q),
+        rows_contiguous(c),
+        keys.clone(memory_format=torch.contiguous_format),
+    )
     q_factors, c_factors = _floats(q_inv, q.shape[0]), _floats(c_inv, c.shape[0])
     stride = 0
     if allowed is not None:
         if allowed.shape not in {(c.shape[0],), (q.shape[0], c.shape[0])}:
             raise ValueError(f"allowed has shape {tuple(allowed.shape)}")
         allowed = allowed.bool()
-        allowed = _rows(allowed) if allowed.ndim == 2 else allowed.contiguous()
+        allowed = rows_contiguous(allowed) if allowed.ndim == 2 else allowed.contiguous()
         # An expanded row has stride 0 too: to the kernel that is a mask for all queries.
         stride = allowed.stride(0) if allowed.ndim == 2 else 0
     has_nan = _C.similarity_topk_scan(
-        _matrix(q),
-        _matrix(c),
-        _address(q_factors),
-        _address(c_factors),
-        _address(allowed),
+        matrix(q),
+        matrix(c),
+        address(q_factors),
+        address(c_factors),
+        address(allowed),
         stride,
         first,
         keys.data_ptr(),
@@ -129,7 +115,7 @@ def scan_segments(
         IndexError: a row is not one of ``c``.
     """
     assert _C is not None
-    q, c = _rows(q), _rows(c)
+    q, c = rows_contiguous(q), rows_contiguous(c)
     q_factors, c_factors = _floats(q_inv, q.shape[0]), _floats(c_inv, c.shape[0])
     offsets, rows = offsets.long().contiguous(), rows.long().contiguous()
     if offsets.shape != (q.shape[0] + 1,) or rows.ndim != 1:
@@ -139,10 +125,10 @@ def scan_segments(
         raise ValueError("offsets must rise from 0 to the length of rows")
     keys = torch.empty(q.shape[0], k, dtype=torch.int64)
     has_nan = _C.similarity_topk_segments(
-        _matrix(q),
-        _matrix(c),
-        _address(q_factors),
-        _address(c_factors),
+        matrix(q),
+        matrix(c),
+        address(q_factors),
+        address(c_factors),
         offsets.data_ptr(),
         rows.data_ptr(),
         first,
@@ -154,22 +140,9 @@ def scan_segments(
     return keys, has_nan
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x with neighbouring elements in its rows: itself, or a copy."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def _floats(x: torch.Tensor | None, count: int) -> torch.Tensor | None:
     if x is None:
         return None
     if x.shape != (count,):
         raise ValueError(f"expected {count} factors, got shape {tuple(x.shape)}")
     return x.float().contiguous()
-
-
-def _matrix(x: torch.Tensor) -> tuple[int, int, int, int, int]:
-    return x.data_ptr(), _ELEMENTS[x.dtype], x.shape[0], x.shape[1], x.stride(0)
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

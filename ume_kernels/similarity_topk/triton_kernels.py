@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from ume_kernels.aot import Budget
+from ume_kernels.matrices import row_stride, rows_contiguous
 from ume_kernels.similarity_topk.keys import EMPTY
-from ume_kernels.triton_tiles import as_bytes, inner_products, row_stride, rows_contiguous
+from ume_kernels.triton_tiles import as_bytes, inner_products
 from ume_kernels.tuning import config
 
 SCAN_BUDGET = Budget(registers=255, shared=110_000, blocks_per_sm=1)
