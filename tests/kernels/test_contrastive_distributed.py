@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,15 @@ def worker(rank: int, world: int, folder: str, jobs: list[Callable[..., None]]) 
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
+    default_group = weakref.ref(dist.group.WORLD)
     try:
         for job in jobs:
             job(rank, world)
     finally:
         dist.destroy_process_group()
+    # Its threads would still run when Python shuts down, and then and now abort the process.
+    gc.collect()
+    assert default_group() is None, "something keeps the process group alive"
 
 
 @pytest.mark.parametrize("world", [2, 3])

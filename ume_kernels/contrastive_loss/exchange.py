@@ -9,6 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+if dist.is_available():
+    # The functions of this module have the default group as a default argument, bound when it is
+    # imported. torch imports it with its compiler, at the first call of any custom operation: by
+    # then there is a group, and it would outlive destroy_process_group together with its threads.
+    # A gloo thread that drops the last reference to a tensor while Python shuts down aborts the
+    # process ("terminate called without an active exception").
+    import torch.distributed.nn.functional
+
 Tensor = torch.Tensor
 
 
