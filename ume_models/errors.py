@@ -19,6 +19,10 @@ class StoreError(UmeError):
     """An embedding store on disk is incomplete or was written with other settings."""
 
 
+class PatchError(UmeError):
+    """A model or a repository cannot be patched as asked; nothing was changed."""
+
+
 class ItemError(UmeError):
     """One input item cannot be embedded.
 

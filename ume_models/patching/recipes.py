@@ -1,0 +1,172 @@
+"""How the modules of a repository are patched: a table of targets, checked before anything is set.
+
+A recipe names modules, the attributes by which they are recognised, and targets with the
+parameters their originals must have. Everything is verified first; then all of it is replaced.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from ume_models.errors import PatchError
+from ume_models.patching.changes import ABSENT, Change
+from ume_models.patching.report import Action, Entry
+
+OURS = "__ume_original__"
+"""Attribute of a replacement that holds what it replaced."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One function, method, class or name of a module.
+
+    Attributes:
+        path: dotted, inside the module: ``"MMEBModel.encode_input"``.
+        parameters: names of the leading parameters the original must have; empty where the
+            target is not a function.
+        make: gives the replacement, called with the original.
+        by: what the replacement is, for the report.
+        reason: what it does, and when the original still runs.
+        action: of the report's entry.
+        required: False where only some versions of the repository have it.
+    """
+
+    path: str
+    parameters: tuple[str, ...]
+    make: Callable[[Any], Any]
+    by: str
+    reason: str = ""
+    action: Action = "replaced"
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Targets of one module of a repository.
+
+    Attributes:
+        name: of the repository: ``"plume-eval"``, ``"plume-train"``, ``"vlm2vec"``, ``"ume-r1"``.
+        modules: names the module is imported under; ``"__main__"`` where it is run as a script.
+        marks: attributes, dotted, that a module must have to be recognised: module names like
+            ``src.loss`` are common.
+        targets: what is replaced.
+        left_alone: entries for what was considered and stays.
+        without: attributes that the module meant does not have: scripts resemble each other.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    marks: tuple[str, ...]
+    targets: tuple[Target, ...]
+    left_alone: tuple[Entry, ...] = ()
+    without: tuple[str, ...] = ()
+
+    def recognises(self, module: ModuleType) -> bool:
+        """Whether the module is the one meant."""
+        others = any(hasattr(module, name) for name in self.without)
+        return not others and all(_find(module, mark) is not None for mark in self.marks)
+
+
+def plan(
+    recipe: Recipe, module: ModuleType, importers: Sequence[ModuleType] = (), strict: bool = True
+) -> tuple[list[Change], list[Entry]]:
+    """What applying a recipe to a module would change; sets nothing.
+
+    Args:
+        recipe: the targets.
+        module: a module the recipe recognises.
+        importers: modules of the same repository: where they hold the same function under a name
+            of their own, the name is rebound too, as an entry of its own.
+        strict: a target that is missing or looks otherwise is an error.
+
+    Raises:
+        PatchError: a target is missing, has another signature, or was replaced by somebody else.
+    """
+    changes: list[Change] = []
+    entries: list[Entry] = []
+    for target in recipe.targets:
+        name = f"{module.__name__}.{target.path}"
+        found = _find(module, target.path)
+        if found is None:
+            if target.required:
+                entries.append(_missing(name, "it does not exist", strict))
+            continue
+        owner, leaf, original = found
+        if getattr(original, OURS, None) is not None:
+            entries.append(Entry(name, "left alone", reason="already replaced by this package"))
+            continue
+        complaint = _mismatch(original, target.parameters, owner, module)
+        if complaint:
+            entries.append(_missing(name, complaint, strict))
+            continue
+        replacement = mark(target.make(original), original)
+        entry = Entry(name, target.action, target.by, target.reason)
+        changes.append(Change(owner, leaf, replacement, entry))
+        entries.append(entry)
+        if owner is not module or not target.parameters:
+            continue  # what is no function (``np``) means something else in another module
+        for importer in importers:
+            for alias, value in vars(importer).items():
+                if value is original and importer is not module:
+                    again = Entry(
+                        f"{importer.__name__}.{alias}",
+                        target.action,
+                        target.by,
+                        f"the same function, imported from {module.__name__}",
+                    )
+                    changes.append(Change(importer, alias, replacement, again))
+                    entries.append(again)
+    entries.extend(recipe.left_alone)
+    return changes, entries
+
+
+def mark(replacement: Any, original: Any) -> Any:
+    """Make a replacement recognisable as ours."""
+    vars(replacement)[OURS] = original
+    return replacement
+
+
+def _missing(name: str, complaint: str, strict: bool) -> Entry:
+    if strict:
+        raise PatchError(
+            f"{name}: {complaint}; this version of the repository is not the one known here. "
+            "strict=False patches what is recognised (UME_ACCELERATE=lenient with the environment "
+            "variable) and lists the rest"
+        )
+    return Entry(name, "missing", reason=complaint)
+
+
+def _find(module: ModuleType, path: str) -> tuple[Any, str, Any] | None:
+    """Owner, last name and raw value (not bound) of a dotted path; None if it does not exist."""
+    owner: Any = module
+    *outer, leaf = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part, None)
+        if owner is None:
+            return None
+    value = vars(owner).get(leaf, ABSENT) if hasattr(owner, "__dict__") else ABSENT
+    return None if value is ABSENT else (owner, leaf, value)
+
+
+def _mismatch(
+    original: Any, parameters: Sequence[str], owner: Any, module: ModuleType
+) -> str | None:
+    """What is wrong with an original, in words."""
+    if not parameters:
+        return None
+    function = original.__func__ if isinstance(original, classmethod | staticmethod) else original
+    try:
+        found = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return f"it is of type {type(original).__name__}, not a function"
+    if found[: len(parameters)] != list(parameters):
+        return f"it takes ({', '.join(found)}), expected ({', '.join(parameters)}, …)"
+    home = getattr(inspect.unwrap(function), "__module__", None)
+    here = {module.__name__, getattr(owner, "__module__", module.__name__)}
+    if home is not None and home not in here:
+        return f"it was replaced by {home}"
+    return None
