@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ume_models.backbone.config import BackboneConfig
+from ume_models.backbone.config import FAMILIES, BackboneConfig
 from ume_models.errors import CheckpointError
 
 
@@ -44,18 +44,7 @@ def build_transformers_model(
     Raises:
         CheckpointError: this transformers version has parameters we do not provide.
     """
-    import transformers
-
-    name = "Qwen2VL" if config.family == "qwen2_vl" else "Qwen2_5_VL"
-    raw = {k: v for k, v in config.raw.items() if k not in ("torch_dtype", "dtype")}
-    raw["vocab_size"] = vocab_size
-    if isinstance(raw.get("text_config"), Mapping):
-        raw["text_config"] = {**raw["text_config"], "vocab_size": vocab_size}
-    hf_config = getattr(transformers, f"{name}Config").from_dict(raw)
-    hf_config._attn_implementation = attention
-    model_class = getattr(transformers, f"{name}ForConditionalGeneration")
-    with torch.device("meta"):
-        model = model_class._from_config(hf_config, attn_implementation=attention)
+    model = _without_storage(config.raw, config.family, vocab_size, attention)
     assigned = {
         transformers_key(key): value
         for key, value in state.items()
@@ -65,6 +54,8 @@ def build_transformers_model(
         assigned["lm_head.weight"] = state["model.embed_tokens.weight"]
     missing, unexpected = model.load_state_dict(assigned, strict=False, assign=True)
     if missing or unexpected:
+        import transformers
+
         raise CheckpointError(
             f"transformers {transformers.__version__} names parameters differently: "
             f"missing {list(missing)[:3]}, unexpected {list(unexpected)[:3]}; "
@@ -72,6 +63,50 @@ def build_transformers_model(
         )
     _fill_rope_buffers(model, config, state["model.norm.weight"].device)
     return model.eval()
+
+
+def empty_transformers_model(
+    raw: Mapping[str, Any], source: str, attention: str = "sdpa"
+) -> torch.nn.Module:
+    """``…ForConditionalGeneration`` of a ``config.json``, on the meta device: parts, no weights.
+
+    Args:
+        raw: content of ``config.json``.
+        source: its path, for errors.
+        attention: transformers' attention implementation.
+
+    Raises:
+        CheckpointError: another architecture, or transformers cannot build it.
+    """
+    family = str(raw.get("model_type", ""))
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{source}: model_type is {family!r}; known here are {' and '.join(FAMILIES)}"
+        )
+    try:
+        return _without_storage(raw, family, None, attention).eval()
+    except Exception as error:  # a damaged configuration fails in many ways
+        raise CheckpointError(
+            f"{source}: transformers cannot build this model ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _without_storage(
+    raw: Mapping[str, Any], family: str, vocab_size: int | None, attention: str
+) -> torch.nn.Module:
+    import transformers
+
+    name = "Qwen2VL" if family == "qwen2_vl" else "Qwen2_5_VL"
+    kept = {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")}
+    if vocab_size is not None:
+        kept["vocab_size"] = vocab_size
+        if isinstance(kept.get("text_config"), Mapping):
+            kept["text_config"] = {**kept["text_config"], "vocab_size": vocab_size}
+    config = getattr(transformers, f"{name}Config").from_dict(kept)
+    config._attn_implementation = attention
+    model_class = getattr(transformers, f"{name}ForConditionalGeneration")
+    with torch.device("meta"):
+        return model_class._from_config(config, attn_implementation=attention)
 
 
 def _fill_rope_buffers(
