@@ -227,7 +227,7 @@ class VisionModel(nn.Module):
             raise ValueError(f"grids describe {total} patches, but {patches.shape[0]} were given")
         config = self.config
         device = patches.device
-        angles = _rope_angles(grids, config).to(device, non_blocking=True)
+        angles = self.rope_angles(grids).to(device, non_blocking=True)
         slices = self._segments([h * w for t, h, w in grids for _ in range(t)], patches)
         x = self.patch_embed(patches)
         order, windows = None, slices
@@ -246,29 +246,31 @@ class VisionModel(nn.Module):
         x = self.merger(x)
         return x if order is None else x[torch.argsort(order)]
 
+    def patch_coordinates(self, grids: Sequence[Grid]) -> torch.Tensor:
+        """Row and column ``[P, 2]`` of each patch, merge blocks together."""
+        merge = self.config.merge_size
+        parts = []
+        for t, h, w in grids:
+            rows = torch.arange(h, device="cpu").view(h // merge, 1, merge, 1)
+            rows = rows.expand(-1, w // merge, -1, merge)
+            columns = torch.arange(w, device="cpu").view(1, w // merge, 1, merge)
+            columns = columns.expand(h // merge, -1, merge, -1)
+            parts.append(torch.stack([rows.flatten(), columns.flatten()], dim=-1).repeat(t, 1))
+        return torch.cat(parts)
+
+    def rope_angles(self, grids: Sequence[Grid]) -> torch.Tensor:
+        """Rotary angles ``[P, dh / 2]`` from row and column of each patch."""
+        quarter = self.config.embed_dim // self.config.num_heads // 2
+        exponent = torch.arange(0, quarter, 2, dtype=torch.float, device="cpu") / quarter
+        inv_freq = 1.0 / (10000.0**exponent)
+        return (self.patch_coordinates(grids)[..., None].float() * inv_freq).flatten(1)
+
     def _segments(self, lengths: Sequence[int], patches: torch.Tensor) -> Segments:
         head_dim = self.config.embed_dim // self.config.num_heads
         if not variable_length(patches.device, patches.dtype, head_dim):
             return Segments(lengths)
         starts = to_device([0, *accumulate(lengths)], patches.device, torch.int32)
         return Segments(lengths, starts)
-
-
-def _rope_angles(grids: Sequence[Grid], config: VisionConfig) -> torch.Tensor:
-    """Rotary angles ``[P, dh / 2]`` from row and column of each patch, merge blocks together."""
-    quarter = config.embed_dim // config.num_heads // 2
-    exponent = torch.arange(0, quarter, 2, dtype=torch.float, device="cpu") / quarter
-    inv_freq = 1.0 / (10000.0**exponent)
-    merge = config.merge_size
-    parts = []
-    for t, h, w in grids:
-        rows = torch.arange(h, device="cpu").view(h // merge, 1, merge, 1)
-        rows = rows.expand(-1, w // merge, -1, merge)
-        columns = torch.arange(w, device="cpu").view(1, w // merge, 1, merge)
-        columns = columns.expand(h // merge, -1, merge, -1)
-        index = torch.stack([rows.flatten(), columns.flatten()], dim=-1).float()
-        parts.append((index[..., None] * inv_freq).flatten(1).repeat(t, 1))
-    return torch.cat(parts)
 
 
 def _window_order(grids: Sequence[Grid], config: VisionConfig) -> tuple[torch.Tensor, list[int]]:

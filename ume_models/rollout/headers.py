@@ -40,13 +40,14 @@ class Header:
             and np.array_equal(other.positions[:, :n], self.sequence.positions)
             and len(other.visuals) >= visuals
             and all(
-                _same_visual(mine, theirs)
+                same_visual(mine, theirs)
                 for mine, theirs in zip(self.sequence.visuals, other.visuals, strict=False)
             )
         )
 
 
-def _same_visual(a: Visual, b: Visual) -> bool:
+def same_visual(a: Visual, b: Visual) -> bool:
+    """Whether two visuals have the same patches."""
     if a.grid != b.grid or a.is_video != b.is_video:
         return False
     return a.patches is b.patches or torch.equal(a.patches, b.patches.to(a.patches))
