@@ -1,0 +1,119 @@
+"""UME-R1's evaluation, ``src/eval/VLM2Vec/eval_twomode.py`` of XMUDeepLIT/UME-R1.
+
+Mode ``disc`` reads the hidden state at ``<disc_emb>`` of one forward call. Mode ``gen`` lets the
+model write its reasoning and reads the hidden state at the ``<gen_emb>`` it generates. The same two
+calls are in the ``eval.py`` that PLUME bundles.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ume_models.patching.ranking import (
+    PLUME_MARKS,
+    UME_R1_MARKS,
+)
+from ume_models.patching.recipes import Recipe, Target
+from ume_models.patching.report import Entry
+from ume_models.patching.single_pass import reading, single_pass
+
+
+def with_single_pass(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``encode_embeddings(model, loader, …)`` that computes only the hidden states it reads."""
+
+    @functools.wraps(original)
+    def encode_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with single_pass(model):
+            return original(model, *args, **kwargs)
+
+    return encode_embeddings
+
+
+def on_lists(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Which token of each row is read, looked up in lists, and told to the pending forward call.
+
+    The original compares element by element of a tensor: on a GPU each is a synchronisation.
+    """
+
+    @functools.wraps(original)
+    def embedding_idx(generated_ids_trimmed: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = [r.tolist() if isinstance(r, torch.Tensor) else r for r in generated_ids_trimmed]
+        positions = original(rows, *args, **kwargs)
+        reading(positions)
+        return positions
+
+    return embedding_idx
+
+
+_ENCODE_PARAMETERS = (
+    "model",
+    "loader",
+    "training_args",
+    "model_args",
+    "full_dataset",
+    "encode_side",
+    "description",
+    "processor",
+)
+
+
+def _encode(*further: str, modes: str) -> Target:
+    return Target(
+        "encode_embeddings",
+        (*_ENCODE_PARAMETERS, *further),
+        make=with_single_pass,
+        by="the same loop within ume_models.patching.single_pass",
+        reason=f"{modes}; the layers of the model are patched as ume_models.accelerate does, "
+        "while it runs",
+    )
+
+
+def _lookup(name: str) -> Target:
+    return Target(
+        name,
+        ("generated_ids_trimmed", "EMBEDDING_TOKEN_ID"),
+        make=on_lists,
+        by="the same look-up in lists",
+        reason="one copy from the device instead of one for each token; what it finds is what "
+        "the engine computes",
+    )
+
+
+_DISC = (
+    "disc: no logits, no cache, no list of all layers' states; without padding and up to the "
+    "token read where the engine knows the model"
+)
+_GEN = "gen: of each step only the last layer's states are kept"
+
+_GENERATION = Entry(
+    "model.generate",
+    "left alone",
+    reason="generation, sampling and the left-padded batch are transformers' own, so that the "
+    "same tokens come out",
+)
+
+RECIPES: tuple[Recipe, ...] = (
+    Recipe(
+        name="ume-r1",
+        modules=("eval_twomode", "__main__"),
+        marks=UME_R1_MARKS[:1],
+        without=PLUME_MARKS,
+        targets=(
+            _encode("mode", modes=f"{_DISC}; {_GEN}"),
+            *map(_lookup, UME_R1_MARKS),
+        ),
+        left_alone=(_GENERATION,),
+    ),
+    Recipe(
+        name="vlm2vec",
+        modules=("eval", "__main__"),
+        marks=("encode_embeddings", "get_embedding_idx"),
+        without=(*PLUME_MARKS, *UME_R1_MARKS),
+        targets=(_encode(modes=_GEN), _lookup("get_embedding_idx")),
+        left_alone=(_GENERATION,),
+    ),
+)
