@@ -35,6 +35,13 @@ from setuptools.errors import BaseError
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
+# Python executes this line of site-packages when it starts. It does nothing unless the variable is
+# set; then imports of known repositories are watched, which loads neither torch nor a model.
+STARTUP_FILE = "ume_accelerate.pth"
+STARTUP_LINE = (
+    'import os; os.environ.get("UME_ACCELERATE") and __import__("ume_models.patching.auto")'
+)
+
 
 class BuildError(BaseError):
     """The native module cannot be built; the message names the remedy."""
@@ -227,10 +234,15 @@ class CleanBuildPy(build_py):
     """Starts from an empty build/lib, so that modules deleted since do not end up in the wheel."""
 
     def run(self) -> None:
-        """Clear build/lib, then copy the packages."""
+        """Clear build/lib, copy the packages, and put the start-up line beside them."""
         if not self.editable_mode:
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
+        # An editable wheel holds no packages; what it installs lies where install_lib says.
+        install = self.get_finalized_command("install")
+        folder = Path(install.install_lib if self.editable_mode else self.build_lib)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STARTUP_FILE).write_text(STARTUP_LINE + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

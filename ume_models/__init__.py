@@ -8,13 +8,15 @@ if TYPE_CHECKING:
     from ume_kernels.version import __version__
     from ume_models.embedders.loading import load
     from ume_models.embedders.plume import PlumeForEmbedding
+    from ume_models.patching.application import accelerate
 
-__all__ = ["PlumeForEmbedding", "__version__", "load"]
+__all__ = ["PlumeForEmbedding", "__version__", "accelerate", "load"]
 
 _LAZY = {
     "__version__": "ume_kernels.version",
     "load": "ume_models.embedders.loading",
     "PlumeForEmbedding": "ume_models.embedders.plume",
+    "accelerate": "ume_models.patching.application",
 }
 
 

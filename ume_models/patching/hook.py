@@ -1,0 +1,112 @@
+"""Notices when a repository's module is imported. Nothing but the standard library is used here:
+with UME_ACCELERATE set, every Python process of the environment runs it at its start.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+WATCHED = (
+    # PLUME's evaluation, and VLM2Vec, whose layout it has
+    "eval_twomode",
+    "eval",
+    "src.model.latent_moe",
+    "src.model.model",
+    "src.model.processor",
+    "src.data.collator.eval_collator",
+    "src.loss",
+    "src.grad_cache.loss",
+    # PLUME's training
+    "plume.train.latent_moe",
+    "plume.train.train_plume",
+    "plume.data.data_plume",
+)
+"""Import names of the modules that recipes know (a test compares the two)."""
+
+VARIABLE = "UME_ACCELERATE"
+_MODES = {
+    "": "strict",
+    "1": "strict",
+    "true": "strict",
+    "on": "strict",
+    "strict": "strict",
+    "lenient": "lenient",
+    "0": "off",
+    "false": "off",
+    "off": "off",
+}
+
+
+def known_as(name: str) -> str | None:
+    """The entry of WATCHED a module's import name stands for; it may lie in further packages."""
+    return next((n for n in WATCHED if n == name or ("." in n and name.endswith(f".{n}"))), None)
+
+
+def mode() -> str:
+    """``"strict"``, ``"lenient"`` or ``"off"``, by the environment variable UME_ACCELERATE.
+
+    Raises:
+        ValueError: it has another value.
+    """
+    value = os.environ.get(VARIABLE, "")
+    if value.strip().lower() not in _MODES:
+        raise ValueError(f"{VARIABLE}={value!r}; use 1, lenient or 0")
+    return _MODES[value.strip().lower()]
+
+
+class _Finder:
+    """First of ``sys.meta_path``: finds nothing itself, but is told when a module was executed."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if known_as(name) is None:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                _listen(spec)
+                return spec
+        return None
+
+
+def _listen(spec: ModuleSpec) -> None:
+    """Have a module's loader, which is its own, report when it has executed it."""
+    loader: Any = spec.loader
+    execute: Callable[[ModuleType], None] | None = getattr(loader, "exec_module", None)
+    if execute is None:
+        return
+
+    def execute_and_tell(module: ModuleType) -> None:
+        execute(module)
+        # Here and not above: now the repository has imported torch itself.
+        from ume_models.patching.repositories import module_loaded
+
+        module_loaded(module)
+
+    loader.exec_module = execute_and_tell
+
+
+_finder = _Finder()
+
+
+def install() -> bool:
+    """Begin to watch imports; False if it is switched off. Twice is harmless."""
+    if mode() == "off":
+        return False
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    return True
+
+
+def uninstall() -> None:
+    """Stop watching; what was patched stays patched."""
+    if _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)

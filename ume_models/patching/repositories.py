@@ -1,0 +1,221 @@
+"""The repositories known here: recipes applied by name, by module, or as they are imported."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ume_models.atomic import write_atomically
+from ume_models.errors import PatchError
+from ume_models.patching import (
+    adapter,
+    changes,
+    hook,
+    losses,
+    plume_eval,
+    ranking,
+    recipes,
+    ume_r1,
+    vlm2vec,
+)
+from ume_models.patching.changes import Change
+from ume_models.patching.recipes import Recipe, Target
+from ume_models.patching.report import Entry, PatchReport
+
+SCRIPT = "__main__"
+
+RECIPES: tuple[Recipe, ...] = (
+    *plume_eval.RECIPES,
+    *adapter.RECIPES,
+    *losses.RECIPES,
+    *vlm2vec.RECIPES,
+    *ume_r1.RECIPES,
+    *ranking.RECIPES,
+)
+NAMES = tuple(dict.fromkeys(recipe.name for recipe in RECIPES))
+
+_reports: list[PatchReport] = []
+"""What automatic patching did in this process."""
+
+
+def describe(target: str | ModuleType) -> tuple[str, str]:
+    """Subject and recipe of a report.
+
+    Raises:
+        PatchError: no such repository, or a module that no recipe recognises.
+    """
+    if isinstance(target, str):
+        if target not in NAMES:
+            raise PatchError(
+                f"{target!r} is not a repository known here; known are {', '.join(NAMES)}"
+            )
+        return target, target
+    fitting = _fitting(target)
+    if not fitting:
+        raise PatchError(
+            f"module {target.__name__}: no repository known here has such a module; known are "
+            f"{', '.join(NAMES)}"
+        )
+    return target.__name__, fitting[0].name
+
+
+def plan(target: str | ModuleType, strict: bool) -> tuple[list[Change], list[Entry]]:
+    """Changes and entries of a repository, by its name, or of one module.
+
+    Raises:
+        PatchError: a target is missing, or none of the repository's modules can be imported.
+    """
+    if isinstance(target, ModuleType):
+        return _plan([(recipe, target) for recipe in _fitting(target)], strict)
+    own = [recipe for recipe in RECIPES if recipe.name == target]
+    pairs: list[tuple[Recipe, ModuleType]] = []
+    absent: list[str] = []
+    for recipe in own:
+        found = [m for m in map(_loaded_or_imported, recipe.modules) if m is not None]
+        fitting = [module for module in found if recipe.recognises(module)]
+        pairs.extend((recipe, module) for module in fitting)
+        if not fitting:
+            absent.append(" or ".join(name for name in recipe.modules if name != SCRIPT))
+    if not pairs:
+        raise PatchError(
+            f"{target}: none of its modules can be imported ({', '.join(absent)}); run in the "
+            "repository's folder, or put it on PYTHONPATH"
+        )
+    return _plan(pairs, strict)
+
+
+def _loaded_or_imported(name: str) -> ModuleType | None:
+    if name in sys.modules or name == SCRIPT:
+        return sys.modules.get(name)
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _fitting(module: ModuleType) -> list[Recipe]:
+    return [
+        recipe
+        for recipe in RECIPES
+        if (hook.known_as(module.__name__) or module.__name__) in recipe.modules
+        and recipe.recognises(module)
+    ]
+
+
+def _plan(pairs: list[tuple[Recipe, ModuleType]], strict: bool) -> tuple[list[Change], list[Entry]]:
+    planned: list[Change] = []
+    entries: list[Entry] = []
+    for recipe, module in pairs:
+        found, told = recipes.plan(recipe, module, _importers(module), strict)
+        planned.extend(found)
+        entries.extend(told)
+    return planned, entries
+
+
+def _importers(module: ModuleType) -> list[ModuleType]:
+    """Loaded modules of the same repository: of its packages and scripts, wherever they are."""
+    top = module.__name__.split(".")[0]
+    return [
+        other
+        for name, other in list(sys.modules.items())
+        if other is not None
+        and other is not module
+        and (name == SCRIPT or hook.known_as(name) or name.split(".")[0] == top)
+        and isinstance(other, ModuleType)
+    ]
+
+
+# -- automatic ---------------------------------------------------------------------------------
+
+
+def automatic_reports() -> list[PatchReport]:
+    """Reports of what was patched as it was imported, in order."""
+    return list(_reports)
+
+
+def module_loaded(module: ModuleType) -> None:
+    """Patch a module of a repository; called by the import hook.
+
+    Raises:
+        PatchError: it is recognised, but a target is not as expected (unless lenient).
+    """
+    pairs = [(recipe, module) for recipe in (*_fitting(module), *_triggers(module))]
+    _apply_automatically(module.__name__, pairs)
+
+
+def patch_script() -> None:
+    """Patch the functions of the script that is running, once they exist."""
+    script = sys.modules.get(SCRIPT)
+    if script is not None:
+        _apply_automatically(SCRIPT, [(recipe, script) for recipe in _fitting(script)])
+
+
+def _apply_automatically(subject: str, pairs: list[tuple[Recipe, ModuleType]]) -> None:
+    mode = hook.mode()
+    if not pairs or mode == "off":
+        return
+    planned, entries = _plan(pairs, strict=mode == "strict")
+    if not planned:
+        return
+    changes.commit(planned)
+    report = PatchReport(subject, pairs[0][0].name, entries, planned)
+    _reports.append(report)
+    _announce(report)
+
+
+def _announce(report: PatchReport) -> None:
+    """Say on standard error what was done, and keep it where UME_ACCELERATE_REPORT says."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(f"ume: {report.summary()}", file=sys.stderr, flush=True)
+    path = os.environ.get("UME_ACCELERATE_REPORT")
+    if path:
+        body = ",\n".join(one.to_json() for one in _reports)
+        write_atomically(Path(path), f"[{body}]\n".encode())
+
+
+_TRIGGERS = (
+    ("src.model.processor", "load_processor", ("model_args",)),
+    ("src.data.collator.eval_collator", "MultimodalEvalDataCollator.__init__", ("self",)),
+    ("src.model.latent_moe", "LatentMoETransition.__init__", ("self", "hidden_size")),
+    ("plume.train.latent_moe", "LatentMoETransition.__init__", ("self", "hidden_size")),
+    ("plume.data.data_plume", "make_plume_data_module", ()),
+)
+
+
+def _triggers(module: ModuleType) -> list[Recipe]:
+    """Recipes that make a module's functions patch the script that calls them."""
+    return [
+        Recipe(
+            name="auto",
+            modules=(name,),
+            marks=(path.split(".")[0],),
+            targets=(
+                Target(
+                    path,
+                    parameters,
+                    make=_trigger,
+                    by="itself",
+                    reason="its first call patches the functions of the script that is running",
+                    required=False,
+                ),
+            ),
+        )
+        for name, path, parameters in _TRIGGERS
+        if name == hook.known_as(module.__name__) and hasattr(module, path.split(".")[0])
+    ]
+
+
+def _trigger(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def first_patch_script(*args: Any, **kwargs: Any) -> Any:
+        patch_script()
+        return original(*args, **kwargs)
+
+    return first_patch_script
