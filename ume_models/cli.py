@@ -315,12 +315,34 @@ def search(
 
 @app.command()
 def doctor(
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Checkpoint folder or hub id: what could be accelerated in it, instead.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable report.")] = False,
 ) -> None:
     """Show versions, devices, what would run here and why, and what is missing.
 
     Ends with 0 when the package can be used, else with 1.
+
+    With MODEL: what ume_models.accelerate would replace in that checkpoint on this machine, which
+    repositories' scripts it suits, and whether ume_models.load takes it. The weights are not read.
+    Ends with 1 when the checkpoint cannot be accelerated.
+
+    [bold]Examples[/]
+
+        ume doctor
+
+        ume doctor PLUME-2B --json
     """
+    if model is not None:
+        from ume_models.commands import doctor_model
+
+        doctor_model.run(model, as_json)
+        return
     from ume_models.commands import doctor as command
 
     command.run(as_json)

@@ -12,7 +12,15 @@ from typing import Any, Literal
 import torch
 
 from ume_kernels import MoETransition
-from ume_models.backbone.checkpoint import ADAPTER_PREFIX, fit, merge_lora, read_state
+from ume_models.backbone.checkpoint import (
+    ADAPTER_PREFIX,
+    fit,
+    merge_lora,
+    published_key,
+    read_state,
+    read_tensors,
+    weight_files,
+)
 from ume_models.backbone.config import BackboneConfig, read_config, read_json
 from ume_models.backbone.tokenizer import load_tokenizer, new_row_sources, token_ids
 from ume_models.embedders.plume import (
@@ -32,6 +40,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 READABLE_DTYPES = (*DTYPES.values(), torch.float64)
+Read = Callable[[Path, "str | Path | None"], "tuple[dict[str, torch.Tensor], Path]"]
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -107,9 +116,10 @@ def _load(
     top_k: int,
     settings: PlumeSettings,
     make_processor: Callable[[Any, Path], Processor],
+    read: Read | None = None,
 ) -> PlumeForEmbedding:
     """Everything that reads files: a model on the CPU."""
-    state, weights_from = _read_weights(directory, base)
+    state, weights_from = (read or _read_weights)(directory, base)
     files = directory if (directory / "config.json").is_file() else weights_from
     config = read_config(files)
     tokenizer = load_tokenizer(_first_with(("tokenizer.json", "vocab.json"), directory, files))
@@ -126,8 +136,55 @@ def _load(
     return model
 
 
-def resolve(path_or_id: str | Path | None) -> Path:
+def examine(directory: Path) -> torch.dtype:
+    """Refuse what ``load`` would refuse about a checkpoint, without reading its weights.
+
+    Their headers are read: names, shapes and types. What only the values tell (NaN), it does not
+    find.
+
+    Returns:
+        The type ``load`` would give the model by default.
+
+    Raises:
+        CheckpointError: as ``load``.
+    """
+    settings = PlumeSettings("fast", 8, "disc", 1, 0)
+
+    def make_processor(tokenizer: Any, source: Path) -> Processor:
+        return Processor(tokenizer, ImageConfig.from_checkpoint(source, None, None))
+
+    try:
+        model = _load(directory, "auto", None, True, 2, settings, make_processor, _read_headers)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{directory}: a file of the checkpoint has unexpected content "
+            f"({type(error).__name__}: {error}); compare its JSON files with the original's"
+        ) from error
+    return next(model.parameters()).dtype
+
+
+def _read_headers(directory: Path, base: str | Path | None) -> tuple[dict[str, torch.Tensor], Path]:
+    """As ``_read_weights``, with tensors that have a shape and a type only; a LoRA adds nothing."""
+    home, added = directory, []
+    if (directory / "adapter_config.json").is_file():
+        named = base or read_json(directory / "adapter_config.json").get("base_model_name_or_path")
+        if not named:
+            raise CheckpointError(f"{directory}: adapter_config.json names no base model")
+        home, added = resolve(named, weights=False), sorted(directory.glob("*.safetensors"))
+    state = {
+        published_key(key): torch.empty_like(tensor, device="meta")
+        for key, tensor, _ in read_tensors([*weight_files(home), *added])
+        if ADAPTER_PREFIX in key or not (".lora_" in key or key.startswith("base_model."))
+    }
+    return state, home
+
+
+def resolve(path_or_id: str | Path | None, weights: bool = True) -> Path:
     """Local directory of a checkpoint; a hub id is downloaded (weights, tokenizer, JSON only).
+
+    Args:
+        path_or_id: directory, hub id, or None for the small bundled model.
+        weights: False downloads everything but the weights.
 
     Raises:
         CheckpointError: neither a directory nor a hub id that can be had.
@@ -147,7 +204,7 @@ def resolve(path_or_id: str | Path | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
+        patterns = ["*.json", "*.jinja", "merges.txt", *["*.safetensors"] * weights]
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"

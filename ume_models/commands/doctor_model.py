@@ -1,0 +1,214 @@
+"""``ume doctor MODEL``: what could be accelerated in a checkpoint, without reading its weights."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ume_models.commands.console import results
+from ume_models.commands.outcome import ExitCode, failures_reported
+
+if TYPE_CHECKING:
+    import torch
+
+    from ume_models.patching.report import PatchReport
+
+_SCRIPTS = {
+    "plume-eval": "the official PLUME evaluation (VLM2Vec/eval_twomode.py)",
+    "plume-train": "the official PLUME training (plume/train/)",
+    "ume-r1": "UME-R1's evaluation (src/eval/VLM2Vec/eval_twomode.py)",
+    "vlm2vec": "VLM2Vec's training and evaluation",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known about one checkpoint.
+
+    Attributes:
+        checkpoint: its folder.
+        family: ``model_type`` of its configuration.
+        dtype, device: of the model as this machine would run it.
+        report: what would be replaced in the transformers model.
+        problems: why it cannot be accelerated; empty where it can.
+        suits: repositories whose scripts run such a checkpoint.
+        fast_engine: why ``ume_models.load`` does not take it; empty where it does.
+    """
+
+    checkpoint: str
+    family: str
+    dtype: str
+    device: str
+    report: PatchReport
+    problems: tuple[str, ...]
+    suits: tuple[str, ...]
+    fast_engine: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable content."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("report", "fast_engine")}
+        return {
+            **kept,
+            "can_be_accelerated": not self.problems,
+            "fast_engine": {"loads": not self.fast_engine, "reason": self.fast_engine},
+            "entries": [asdict(entry) for entry in self.report.entries],
+        }
+
+
+def run(model: str, as_json: bool) -> None:
+    """Print the report; exits with 1 when the checkpoint cannot be accelerated."""
+    with failures_reported():
+        found = examine(model)
+        if as_json:
+            print(json.dumps(found.as_dict(), indent=1, ensure_ascii=False))
+        else:
+            _show(found)
+    raise typer.Exit(ExitCode.FAILED if found.problems else ExitCode.OK)
+
+
+def examine(model: str) -> Finding:
+    """Look at the files of a checkpoint; of the weights only their headers.
+
+    Raises:
+        CheckpointError: no such checkpoint, or not one of the architectures known here.
+    """
+    from ume_models.backbone.config import read_json
+    from ume_models.backbone.transformers_model import empty_transformers_model
+    from ume_models.embedders.loading import pick_device, resolve
+    from ume_models.patching.models import survey
+    from ume_models.patching.report import PatchReport
+
+    directory = resolve(model, weights=False)
+    home = _with_config(directory)
+    raw = read_json(home / "config.json")
+    module = empty_transformers_model(raw, str(home / "config.json"))
+    names = _tensors(directory, home)
+    dtype = _dtype(raw, names.values())
+    device = pick_device("auto")
+    plan = survey(module.to(dtype), device=device)
+    adapter = any("latent_moe_transition." in name for name in names)
+    entries = [*plan.entries, *([_latent()] if adapter else [])]
+    problems = [f"{problem.reason}; {problem.remedy}" for problem in plan.problems]
+    if raw.get("quantization_config"):
+        problems.append("its weights are quantised; use a checkpoint in bfloat16 or float32")
+    return Finding(
+        checkpoint=str(directory),
+        family=str(raw["model_type"]),
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        report=PatchReport(type(module).__name__, "this checkpoint, not loaded", entries),
+        problems=tuple(problems),
+        suits=_suited(directory, home, adapter),
+        fast_engine=_refused_by_the_fast_engine(directory),
+    )
+
+
+def _with_config(directory: Path) -> Path:
+    """The folder that holds the configuration: a LoRA's is its base's."""
+    from ume_models.backbone.config import read_json
+    from ume_models.embedders.loading import resolve
+
+    adapter = directory / "adapter_config.json"
+    if (directory / "config.json").is_file() or not adapter.is_file():
+        return directory
+    base = read_json(adapter).get("base_model_name_or_path")
+    return resolve(base, weights=False) if base else directory
+
+
+def _tensors(*directories: Path) -> dict[str, torch.dtype]:
+    """Names and types of the tensors in the headers of the weight files that are here."""
+    from ume_models.backbone.checkpoint import read_tensors
+
+    files = {file for directory in directories for file in directory.glob("*.safetensors")}
+    return {key: tensor.dtype for key, tensor, _ in read_tensors(sorted(files))}
+
+
+def _dtype(raw: dict[str, Any], found: Iterable[torch.dtype]) -> torch.dtype:
+    """The type most tensors have; without weights the one the configuration names."""
+    from collections import Counter
+
+    import torch
+
+    counted = Counter(dtype for dtype in found if dtype.is_floating_point).most_common(1)
+    if counted:
+        return counted[0][0]
+    named = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32"), None)
+    return named if isinstance(named, torch.dtype) else torch.float32
+
+
+def _latent() -> Any:
+    from ume_models.patching.adapter import KEPT
+    from ume_models.patching.report import Entry
+
+    return Entry("latent_moe_transition", "replaced", "ume_kernels.moe_transition", KEPT)
+
+
+def _suited(directory: Path, home: Path, adapter: bool) -> tuple[str, ...]:
+    """Names of the repositories whose scripts run such a checkpoint."""
+    if adapter:
+        return ("plume-eval", "plume-train")
+    if (directory / "adapter_config.json").is_file():
+        return ("vlm2vec",)
+    texts = [
+        folder / name
+        for folder in (directory, home)
+        for name in ("added_tokens.json", "tokenizer.json")
+    ]
+    reasons = any(
+        "<gen_emb>" in text.read_text(encoding="utf-8", errors="replace")
+        for text in texts
+        if text.is_file()
+    )
+    return ("ume-r1", "plume-train") if reasons else ("vlm2vec", "plume-train")
+
+
+def _refused_by_the_fast_engine(directory: Path) -> str:
+    from ume_models.backbone.checkpoint import weight_files
+    from ume_models.embedders.loading import examine
+    from ume_models.errors import UmeError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what load says while it loads
+            if not (directory / "adapter_config.json").is_file():
+                weight_files(directory)
+            examine(directory)
+    except (UmeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _show(found: Finding) -> None:
+    console = results()
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in (
+        ("checkpoint", found.checkpoint),
+        ("architecture", f"{found.family}, {found.dtype}"),
+        ("device here", found.device),
+        ("scripts", "\n".join(f"{name}: {_SCRIPTS[name]}" for name in found.suits)),
+        ("ume_models.load", found.fast_engine or "takes it: the fast engine embeds with it"),
+    ):
+        table.add_row(name, escape(value))
+    console.print(table)
+    console.print()
+    console.print(found.report)
+    console.print()
+    for problem in found.problems:
+        console.print(f"[red]{escape(problem)}[/]")
+    if found.problems:
+        console.print("[red]cannot be accelerated[/]")
+    else:
+        console.print(
+            "ume_models.accelerate(model) does this to the loaded model; scripts: "
+            "UME_ACCELERATE=1 python …"
+        )
