@@ -23,6 +23,7 @@ from ume_models.backbone.text import TextModel
 from ume_models.backbone.tokenizer import TokenIds
 from ume_models.backbone.transformers_model import build_transformers_model
 from ume_models.backbone.vision import VisionModel
+from ume_models.embedders.library_files import write_library_files
 from ume_models.embedders.plume_reference import ReferenceEngine
 from ume_models.embedders.rows import rows_of_batch
 from ume_models.processing.processor import Processor
@@ -476,6 +477,8 @@ class PlumeForEmbedding(nn.Module):
     def save_pretrained(self, directory: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
         """Write the official checkpoint layout; every file appears whole or not at all.
 
+        Two small JSON files beside it let sentence-transformers open the folder.
+
         Raises:
             CheckpointError, OSError: a file cannot be written or copied.
         """
@@ -493,6 +496,7 @@ class PlumeForEmbedding(nn.Module):
             raw["text_config"] = {**raw["text_config"], "vocab_size": rows}
         raw["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         write_json(target / "config.json", raw)
+        write_library_files(target, self.sources)
         write_state(target, self.state_dict(), max_shard_bytes)
 
 

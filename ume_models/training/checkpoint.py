@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ume_models.backbone.checkpoint import write_json, write_state
+from ume_models.embedders.library_files import write_library_files
 
 from .data import IMAGE_MEAN, IMAGE_STD
 from .network import PlumeNetwork
@@ -114,3 +115,4 @@ def save_checkpoint(
         },
     )
     save_tokenizer(tokenizer, directory)
+    write_library_files(directory)
