@@ -1,11 +1,14 @@
-"""Run the tests marked ``compat`` under the other supported transformers versions.
+"""Run the tests marked ``compat`` under the other supported transformers versions, and without any.
 
     python tests/compat/run.py                          every version, tests marked compat
     python tests/compat/run.py --version 4.52.3 -- -x tests/backbone
+    python tests/compat/run.py --version none           the kernels, where there is no transformers
 
 Each version is a file transformers-VERSION.txt beside this one. It is installed without
 dependencies into a folder of its own, which goes in front of the current environment on PYTHONPATH:
-torch and everything else stay as they are. The last line sums up all runs.
+torch and everything else stay as they are. ``none`` is an environment in which neither transformers
+nor anything else is installed that ume_kernels does not need (see absent.py). The last line sums up
+all runs.
 """
 
 from __future__ import annotations
@@ -19,9 +22,15 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
+import absent
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-VERSIONS = sorted(p.stem.removeprefix("transformers-") for p in HERE.glob("transformers-*.txt"))
+NONE = "none"
+VERSIONS = [
+    *sorted(p.stem.removeprefix("transformers-") for p in HERE.glob("transformers-*.txt")),
+    NONE,
+]
 # Kernels in the interpreter are slow, and the same whatever transformers is.
 SELECTED = "compat and not interpreted"
 NO_TESTS = 5  # pytest's exit status
@@ -91,8 +100,11 @@ def main() -> int:
         for version in options.version or VERSIONS:
             target = home / f"transformers-{version}"
             report = Path(scratch) / f"{version}.xml"
-            install(version, target)
-            status = run_tests(version, target, report, options.pytest)
+            if version == NONE:
+                status = absent.run_tests(target, report, options.pytest, ROOT)
+            else:
+                install(version, target)
+                status = run_tests(version, target, report, options.pytest)
             if status == NO_TESTS:
                 print("no test is marked compat: nothing was checked")
             failed |= status != 0
