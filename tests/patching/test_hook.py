@@ -86,7 +86,7 @@ def test_the_import_does_the_same(run_script: Any, tmp_path: Path, first: bool) 
     script = repository(
         tmp_path / "repo",
         script="\n".join(lines if first else lines[::-1])
-        + "\nprint(hasattr(SimpleContrastiveLoss.__call__, \"__ume_original__\"))"
+        + '\nprint(hasattr(SimpleContrastiveLoss.__call__, "__ume_original__"))'
         + "\nprint([r.recipe for r in auto.reports()])\n",
     )
     done = run_script(script, accelerate=None)

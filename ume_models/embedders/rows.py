@@ -10,6 +10,10 @@ from ume_models.rollout.sequence import Visual
 
 Media = tuple[torch.Tensor | None, torch.Tensor | None]
 
+MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+PROCESSOR_INPUTS = ("input_ids", "attention_mask", *MEDIA_INPUTS)
+"""Names of what a Hugging Face processor of the family makes."""
+
 
 class _Feed:
     """Images (or videos) of a batch, dealt out row by row."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from ume_models.embedders.plume import PlumeForEmbedding
+from ume_models.embedders.rows import MEDIA_INPUTS
 from ume_models.errors import ItemError
 from ume_models.processing import PlannedItem, PreparedItem, prefetch
 from ume_models.processing.items import Item
 
-_MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 _WORKERS = 2
 
 
@@ -69,7 +69,7 @@ def pad(items: Sequence[PreparedItem], tokenizer: Any) -> dict[str, torch.Tensor
         ids[row, longest - item.input_ids.numel() :] = item.input_ids
         mask[row, longest - item.input_ids.numel() :] = 1
     batch = {"input_ids": ids, "attention_mask": mask}
-    for name in _MEDIA:
+    for name in MEDIA_INPUTS:
         parts = [getattr(item, name) for item in items]
         parts = [part for part in parts if part is not None]
         if parts:

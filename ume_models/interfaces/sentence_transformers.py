@@ -21,6 +21,7 @@ from ume_models.backbone.config import read_json
 from ume_models.embedders.library_files import SENTENCE_CONFIG
 from ume_models.embedders.loading import load
 from ume_models.embedders.plume import Mode, PlumeForEmbedding
+from ume_models.embedders.rows import PROCESSOR_INPUTS
 from ume_models.errors import ItemError, UmeError
 from ume_models.interfaces.batches import prepare_batch, prompt_limit
 from ume_models.interfaces.inputs import describe_input, make_item
@@ -31,14 +32,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 OPTIONS_FILE = "sentence_plume_config.json"
-_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_values_videos",
-    "video_grid_thw",
-)
 
 
 class PlumeModule(nn.Module):
@@ -162,7 +155,7 @@ class PlumeModule(nn.Module):
                 "this module computes no gradients: call model.eval() to embed; "
                 "ume_models.training has the training step"
             )
-        inputs = {name: features[name] for name in _INPUTS if name in features}
+        inputs = {name: features[name] for name in PROCESSOR_INPUTS if name in features}
         embeddings = self.plume.embed(**inputs, **{"mode": self.mode, **options})
         return {**features, "sentence_embedding": embeddings}
 

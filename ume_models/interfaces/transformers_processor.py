@@ -12,6 +12,7 @@ from transformers import BatchFeature
 from ume_models.backbone.checkpoint import write_json
 from ume_models.backbone.config import read_json
 from ume_models.backbone.tokenizer import load_tokenizer
+from ume_models.embedders.rows import PROCESSOR_INPUTS
 from ume_models.errors import ItemError
 from ume_models.interfaces.batches import pad
 from ume_models.interfaces.inputs import make_item
@@ -152,14 +153,7 @@ class PlumeProcessor:
     @property
     def model_input_names(self) -> list[str]:
         """Names of the inputs this makes."""
-        return [
-            "input_ids",
-            "attention_mask",
-            "pixel_values",
-            "image_grid_thw",
-            "pixel_values_videos",
-            "video_grid_thw",
-        ]
+        return list(PROCESSOR_INPUTS)
 
     def __getattr__(self, name: str) -> Any:
         # Not while the object is being unpickled or copied, before it has a tokenizer.

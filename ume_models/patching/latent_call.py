@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ume_models.backbone.config import BackboneConfig
+from ume_models.embedders.rows import MEDIA_INPUTS
 from ume_models.encode import DEFAULT_BATCH_TOKENS, out_of_memory
 from ume_models.patching.engine import Engine, engine_for, rows_of_inputs
 from ume_models.patching.unwrap import unwrap
@@ -28,7 +29,6 @@ from ume_models.rollout.sequence import Sequence as Prompt
 from ume_models.rollout.sequence import build_sequence
 
 CONTEXTS = ("none", "prefix_last", "disc")
-MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 Answer = tuple[torch.Tensor, bool, "dict[str, Any] | None"]
 """What the official function returns: embedding ``[D]``, whether it hit the budget, trace."""
@@ -272,7 +272,7 @@ class WithPositions:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model, with ``position_ids`` of the official version where there are visuals."""
         given = kwargs.get("position_ids") is not None or "mm_token_type_ids" in kwargs
-        if not given and any(kwargs.get(name) is not None for name in MEDIA):
+        if not given and any(kwargs.get(name) is not None for name in MEDIA_INPUTS):
             ((tokens, visuals),) = rows_of_inputs(self._config, kwargs)
             positions = build_sequence(tokens, self._config, visuals).positions
             device = kwargs["input_ids"].device

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from ume_models.embedders.rows import PROCESSOR_INPUTS
 from ume_models.patching.engine import Engine
 from ume_models.patching.latent_call import (
-    MEDIA,
     Answer,
     LatentCall,
     model_for_original,
@@ -79,7 +79,7 @@ def same_sample(expected: Any, given: Mapping[str, Any]) -> bool:
     """Whether a call's inputs are what the loader yielded, moved to another device at most."""
     if not isinstance(expected, Mapping):
         return False
-    for name in ("input_ids", "attention_mask", *MEDIA):
+    for name in PROCESSOR_INPUTS:
         mine, theirs = expected.get(name), given.get(name)
         if mine is theirs:
             continue

@@ -203,9 +203,7 @@ UME_R1_MARKS = ("get_disc_embedding_idx", "get_gen_embedding_idx")
 SCRIPT_MARKS = ("encode_embeddings", "RankingMetrics")
 
 
-def _recipe(
-    name: str, module: str, marks: tuple[str, ...], without: tuple[str, ...]
-) -> Recipe:
+def _recipe(name: str, module: str, marks: tuple[str, ...], without: tuple[str, ...]) -> Recipe:
     return Recipe(
         name=name,
         modules=(module, "__main__"),

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ume_models.embedders.rows import PROCESSOR_INPUTS
 from ume_models.errors import PatchError
 from ume_models.patching import models
 from ume_models.patching.changes import ABSENT, InstanceForward, commit, undo
@@ -37,17 +38,7 @@ logger = logging.getLogger(__name__)
 
 KNOWN = frozenset(("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"))
 
-_ENGINE_INPUTS = frozenset(
-    (
-        "input_ids",
-        "attention_mask",
-        "pixel_values",
-        "image_grid_thw",
-        "pixel_values_videos",
-        "video_grid_thw",
-        "mm_token_type_ids",
-    )
-)
+_ENGINE_INPUTS = frozenset((*PROCESSOR_INPUTS, "mm_token_type_ids"))
 
 _GENERATION_INPUTS = frozenset(
     ("use_cache", "past_key_values", "cache_position", "logits_to_keep", "num_logits_to_keep")
