@@ -87,9 +87,6 @@ def main() -> int:
     )
     parser.add_argument("--version", action="append", choices=VERSIONS, help="default: all")
     parser.add_argument("--into", type=Path, help="keep the installed versions here for next time")
-    parser.add_argument(
-        "--report", type=Path, action="append", default=[], help="junit report to count as well"
-    )
     parser.add_argument("pytest", nargs="*", help="further arguments for pytest, after --")
     options = parser.parse_args()
 
@@ -110,8 +107,6 @@ def main() -> int:
             failed |= status != 0
             if report.exists():
                 total += count(report)
-    for report in options.report:
-        total += count(report)
     failed |= total["failed"] > 0
     print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
     return 1 if failed else 0
