@@ -12,7 +12,7 @@
 
 #include "ume/contrastive_loss.h"
 #include "ume/cpu_features.h"
-#include "ume/linear_bf16.h"
+#include "ume/linear.h"
 #include "ume/similarity_topk.h"
 #include "ume/tile_engine.h"
 #ifdef UME_WITH_CUDA
@@ -34,15 +34,15 @@ ume::Isa chosen_isa(const std::optional<std::string>& name) {
   return name ? ume::isa_from_name(*name) : ume::best_isa();
 }
 
-void linear_bf16(std::uintptr_t y, std::uintptr_t x, std::uintptr_t w, std::uintptr_t b,
-                 std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t ldx,
-                 std::int64_t ldw, int threads, const std::optional<std::string>& isa) {
+template <typename T>
+void linear_of(std::uintptr_t y, std::uintptr_t x, std::uintptr_t w, std::uintptr_t b,
+               std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t ldx,
+               std::int64_t ldw, int threads, const std::optional<std::string>& isa) {
   const ume::Isa chosen = chosen_isa(isa);
-  const ume::LinearBf16 args{address<std::uint16_t>(y),       address<const std::uint16_t>(x),
-                             address<const std::uint16_t>(w), address<const std::uint16_t>(b),
-                             m, n, k, ldx, ldw};
+  const ume::Linear<T> args{address<T>(y), address<const T>(x), address<const T>(w),
+                            address<const T>(b), m, n, k, ldx, ldw};
   py::gil_scoped_release unlocked;
-  ume::linear_bf16(args, threads, chosen);
+  ume::linear(args, threads, chosen);
 }
 
 // (address, element, rows, columns, row stride in elements)
@@ -256,10 +256,14 @@ PYBIND11_MODULE(_C, m) {
       }, "Every instruction set with a path that can run here, slowest first.");
   m.def("cpu_has_amx_bf16", &ume::has_amx_bf16, "Whether the processor has bf16 matrix tiles.");
 
-  m.def("linear_bf16", &linear_bf16, py::arg("y"), py::arg("x"), py::arg("w"), py::arg("b"),
-        py::arg("m"), py::arg("n"), py::arg("k"), py::arg("ldx"), py::arg("ldw"),
-        py::arg("threads"), py::arg("isa") = py::none(),
-        "y[m,n] = x[m,k] @ w[n,k]^T + b[n], bf16 with fp32 accumulation; b = 0 means no bias.");
+  const auto def_linear = [&m](const char* name, auto function, const char* text) {
+    m.def(name, function, py::arg("y"), py::arg("x"), py::arg("w"), py::arg("b"), py::arg("m"),
+          py::arg("n"), py::arg("k"), py::arg("ldx"), py::arg("ldw"), py::arg("threads"),
+          py::arg("isa") = py::none(), text);
+  };
+  def_linear("linear_bf16", &linear_of<std::uint16_t>,
+             "y[m,n] = x[m,k] @ w[n,k]^T + b[n], bf16 with fp32 accumulation; b = 0 means none.");
+  def_linear("linear_fp32", &linear_of<float>, "The same in fp32.");
 
   m.def("contrastive_forward", &contrastive_forward,
         "Row and column log-sum-exp of scale <q_i, p_j> q_inv[i] p_inv[j], never stored.");

@@ -184,7 +184,7 @@ def test_explain_agrees_with_select() -> None:
 
 
 def test_explain_a_real_operation() -> None:
-    x, weight = torch.zeros(2, 8), torch.zeros(4, 8)
+    x, weight = torch.zeros(2, 8).half(), torch.zeros(4, 8).half()
     report = ume_kernels.explain("linear", x, weight, None)
     assert report.backend is Backend.TORCH
     assert report.reason.startswith("no native: ")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,10 +20,18 @@ from ume_kernels.linear.op import MAX_ROWS, _max_rows
 
 needs_native = pytest.mark.skipif(native.module is None, reason=str(native.missing))
 ISAS = [] if native.module is None else list(native.module.cpu_isas())
+BF16, FP32 = torch.bfloat16, torch.float32
+both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 
-# Around the vector widths (8, 16, 32), the tile of 16 weight rows and the blocks of 4 and 16 rows.
+# Around the vector widths (8, 16, 32), the tile of 16 weight rows, the blocks of 2, 3, 4 and 16
+# rows, and the chunks of 256 fp32 elements.
 ROWS = (1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 32, 33)
-SIZES = ((1, 1), (3, 7), (15, 31), (16, 32), (17, 33), (40, 100), (5, 2049), (33, 8960))
+SIZES = ((1, 1), (3, 7), (15, 31), (16, 32), (17, 33), (40, 100), (18, 257), (5, 2049), (33, 8960))
+
+
+def kernel(dtype: torch.dtype) -> Callable[..., None]:
+    module = native.require()
+    return module.linear_bf16 if dtype is BF16 else module.linear_fp32
 
 
 def run(
@@ -33,8 +42,8 @@ def run(
     threads: int = 2,
 ) -> torch.Tensor:
     """The bare kernel, on a chosen instruction set."""
-    y = torch.full((x.shape[0], w.shape[0]), float("nan"), dtype=torch.bfloat16)
-    native.require().linear_bf16(
+    y = torch.full((x.shape[0], w.shape[0]), float("nan"), dtype=x.dtype)
+    kernel(x.dtype)(
         y.data_ptr(),
         x.data_ptr(),
         w.data_ptr(),
@@ -47,46 +56,60 @@ def run(
     return y
 
 
-def integers(*shape: int, seed: int) -> torch.Tensor:
+def integers(*shape: int, seed: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-8, 9, shape, generator=generator).bfloat16()
+    return torch.randint(-8, 9, shape, generator=generator).to(dtype)
 
 
-def normals(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+def normals(*shape: int, seed: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @needs_native
+@both_dtypes
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_exact_on_integers(isa: str, n: int, k: int) -> None:
-    # Every partial sum is below 2**24, so fp32 is exact and one rounding to bf16 remains. Sums
+def test_exact_on_integers(isa: str, n: int, k: int, dtype: torch.dtype) -> None:
+    # Every partial sum is below 2**24, so fp32 is exact and, in bf16, one rounding remains. Sums
     # above 256 meet its ties.
-    w, b = integers(n, k, seed=1), integers(n, seed=2)
+    w, b = integers(n, k, seed=1, dtype=dtype), integers(n, seed=2, dtype=dtype)
     for m in ROWS:
-        x = integers(m, k, seed=m)
+        x = integers(m, k, seed=m, dtype=dtype)
         exact = x.double() @ w.double().T
-        assert torch.equal(run(x, w, None, isa), exact.bfloat16())
-        assert torch.equal(run(x, w, b, isa), (exact + b.double()).bfloat16())
+        assert torch.equal(run(x, w, None, isa), exact.to(dtype))
+        assert torch.equal(run(x, w, b, isa), (exact + b.double()).to(dtype))
 
 
 @needs_native
+@both_dtypes
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_error_is_one_rounding_and_fp32_accumulation(isa: str, n: int, k: int) -> None:
-    x, w, b = normals(16, k, seed=1), normals(n, k, seed=2), normals(n, seed=3)
+def test_error_is_one_rounding_and_fp32_accumulation(
+    isa: str, n: int, k: int, dtype: torch.dtype
+) -> None:
+    x, w, b = (
+        normals(16, k, seed=1, dtype=dtype),
+        normals(n, k, seed=2, dtype=dtype),
+        normals(n, seed=3, dtype=dtype),
+    )
     exact = x.double() @ w.double().T + b.double()
     magnitude = x.double().abs() @ w.double().abs().T + b.double().abs()
-    bound = exact.abs() * 2.0**-8 + magnitude * (k + 1) * 2.0**-24
+    rounding = 2.0**-8 if dtype is BF16 else 0.0
+    bound = exact.abs() * rounding + magnitude * (k + 1) * 2.0**-24
     error = (run(x, w, b, isa).double() - exact).abs()
     assert (error <= bound).all()
 
 
 @needs_native
+@both_dtypes
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("n", "k"), SIZES)
-def test_a_row_does_not_depend_on_its_batch(isa: str, n: int, k: int) -> None:
-    x, w, b = normals(40, k, seed=4), normals(n, k, seed=5), normals(n, seed=6)
+def test_a_row_does_not_depend_on_its_batch(isa: str, n: int, k: int, dtype: torch.dtype) -> None:
+    x, w, b = (
+        normals(40, k, seed=4, dtype=dtype),
+        normals(n, k, seed=5, dtype=dtype),
+        normals(n, seed=6, dtype=dtype),
+    )
     alone = torch.cat([run(x[i : i + 1], w, b, isa) for i in range(len(x))])
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(7))
     for m in ROWS:
@@ -98,68 +121,71 @@ def test_a_row_does_not_depend_on_its_batch(isa: str, n: int, k: int) -> None:
 
 
 @needs_native
+@both_dtypes
 @pytest.mark.parametrize("isa", ISAS)
-def test_threads_do_not_change_bits(isa: str) -> None:
-    x, w = normals(5, 333, seed=1), normals(100, 333, seed=2)
+def test_threads_do_not_change_bits(isa: str, dtype: torch.dtype) -> None:
+    x, w = normals(5, 333, seed=1, dtype=dtype), normals(100, 333, seed=2, dtype=dtype)
     one = run(x, w, isa=isa, threads=1)
     for threads in (2, 3, 64):
         assert torch.equal(run(x, w, isa=isa, threads=threads), one)
 
 
 @needs_native
+@both_dtypes
 @pytest.mark.parametrize("isa", ISAS)
-def test_special_values(isa: str) -> None:
+def test_special_values(isa: str, dtype: torch.dtype) -> None:
     inf, nan = float("inf"), float("nan")
-    w = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]).bfloat16()
-    x = torch.tensor([[inf, 1.0], [nan, 1.0], [3.3895e38, 1.0]]).bfloat16()
+    w = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]).to(dtype)
+    x = torch.tensor([[inf, 1.0], [nan, 1.0], [torch.finfo(dtype).max, 1.0]]).to(dtype)
     y = run(x, w, isa=isa).float()
     assert y[0, 0] == inf
     assert y[0, 1] == -inf
     assert y[1].isnan().tolist() == [True, True, True]  # 0 * nan is nan
-    largest = torch.finfo(torch.bfloat16).max
+    largest = torch.finfo(dtype).max
     assert y[2].tolist() == [largest, -largest, 1.0]
     doubled = run(x[2:], w * 2, isa=isa).float()
     assert doubled[0].tolist() == [inf, -inf, 2.0]
 
 
 @needs_native
+@both_dtypes
 @pytest.mark.parametrize("isa", ISAS)
-def test_writes_nothing_but_its_output(isa: str) -> None:
-    x, w = normals(3, 50, seed=1), normals(21, 50, seed=2)
-    room = torch.full((16 + 3 * 21 + 64,), 7.0, dtype=torch.bfloat16)
-    native.require().linear_bf16(
-        room[16:].data_ptr(), x.data_ptr(), w.data_ptr(), 0, 3, 21, 50, 50, 50, 2, isa
-    )
+def test_writes_nothing_but_its_output(isa: str, dtype: torch.dtype) -> None:
+    x, w = normals(3, 50, seed=1, dtype=dtype), normals(21, 50, seed=2, dtype=dtype)
+    room = torch.full((16 + 3 * 21 + 64,), 7.0, dtype=dtype)
+    kernel(dtype)(room[16:].data_ptr(), x.data_ptr(), w.data_ptr(), 0, 3, 21, 50, 50, 50, 2, isa)
     assert (room[:16] == 7).all()
     assert (room[16 + 63 :] == 7).all()
     assert torch.equal(room[16 : 16 + 63].view(3, 21), run(x, w, isa=isa))
 
 
 GUARDED = """
-import ctypes, mmap, sys, torch
+import ctypes, itertools, mmap, torch
 from ume_kernels import native
 libc = ctypes.CDLL(None, use_errno=True)
 page = mmap.PAGESIZE
 keep = []
 def guarded(values):  # the last byte is the last before a page that may not be read
-    pages = -(-values.numel() * 2 // page)
+    size = values.numel() * values.element_size()
+    pages = -(-size // page)
     area = mmap.mmap(-1, (pages + 1) * page)
     keep.append(area)
     base = ctypes.addressof(ctypes.c_char.from_buffer(area))
     end = base + pages * page
     if libc.mprotect(ctypes.c_void_p(end), page, 0) != 0:
         raise OSError(ctypes.get_errno(), "mprotect")
-    ctypes.memmove(end - values.numel() * 2, values.data_ptr(), values.numel() * 2)
-    return end - values.numel() * 2
-for isa in native.module.cpu_isas():
-    for m, n, k in ((1, 17, 33), (4, 5, 31), (7, 16, 8), (3, 1, 1), (17, 19, 63)):
-        x, w, b = (torch.randn(*s).bfloat16() for s in ((m, k), (n, k), (n,)))
-        y = torch.empty(m, n, dtype=torch.bfloat16)
+    ctypes.memmove(end - size, values.data_ptr(), size)
+    return end - size
+calls = {torch.bfloat16: native.module.linear_bf16, torch.float32: native.module.linear_fp32}
+for isa, dtype in itertools.product(native.module.cpu_isas(), calls):
+    for m, n, k in ((1, 17, 33), (4, 5, 31), (7, 16, 8), (3, 1, 1), (17, 19, 63), (2, 3, 259)):
+        x, w, b = (torch.randn(*s).to(dtype) for s in ((m, k), (n, k), (n,)))
+        y = torch.empty(m, n, dtype=dtype)
         expected = torch.empty_like(y)
-        call = native.module.linear_bf16
+        call = calls[dtype]
         call(expected.data_ptr(), x.data_ptr(), w.data_ptr(), b.data_ptr(), m, n, k, k, k, 2, isa)
         call(y.data_ptr(), guarded(x), guarded(w), guarded(b), m, n, k, k, k, 2, isa)
-        assert torch.equal(y, expected), isa
+        assert torch.equal(y, expected), (isa, dtype)
 print("inside")
 """
 
@@ -214,8 +240,9 @@ def test_shares_the_thread_pool_of_torch() -> None:
 
 
 @needs_native
-def test_callable_from_many_threads() -> None:
-    x, w = normals(4, 96, seed=1), normals(64, 96, seed=2)
+@both_dtypes
+def test_callable_from_many_threads(dtype: torch.dtype) -> None:
+    x, w = normals(4, 96, seed=1, dtype=dtype), normals(64, 96, seed=2, dtype=dtype)
     expected = run(x, w)
     wrong: list[int] = []
 
@@ -233,9 +260,14 @@ def test_callable_from_many_threads() -> None:
 
 
 @needs_native
+@both_dtypes
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 3, 48), (2, 1, 1, 48)])
-def test_shapes_of_f_linear(shape: tuple[int, ...]) -> None:
-    x, w, b = integers(*shape, seed=1), integers(10, 48, seed=2), integers(10, seed=3)
+def test_shapes_of_f_linear(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, w, b = (
+        integers(*shape, seed=1, dtype=dtype),
+        integers(10, 48, seed=2, dtype=dtype),
+        integers(10, seed=3, dtype=dtype),
+    )
     for bias in (None, b):
         y = linear(x, w, bias, backend="native")
         assert y.shape == F.linear(x, w, bias).shape
@@ -243,19 +275,40 @@ def test_shapes_of_f_linear(shape: tuple[int, ...]) -> None:
 
 
 @needs_native
-def test_strided_inputs() -> None:
-    wide = integers(12, 80, seed=1)
-    x = integers(40, 6, seed=2).T  # columns are contiguous, rows are not
+@both_dtypes
+def test_strided_inputs(dtype: torch.dtype) -> None:
+    wide = integers(12, 80, seed=1, dtype=dtype)
+    x = integers(40, 6, seed=2, dtype=dtype).T  # columns are contiguous, rows are not
     w = wide[:, :40]
     assert torch.equal(linear(x, w, backend="native"), F.linear(x, w))
     with pytest.raises(BackendError, match="contiguous"):
-        linear(x, integers(40, 12, seed=3).T, backend="native")
+        linear(x, integers(40, 12, seed=3, dtype=dtype).T, backend="native")
 
 
-def test_close_to_f_linear_at_model_size() -> None:
-    x, w, b = normals(16, 1536, seed=1), normals(256, 1536, seed=2), normals(256, seed=3)
-    # Two fp32 accumulations in different order, each rounded once: at most one bf16 step apart.
-    assert_close(linear(x, w, b), F.linear(x, w, b), rtol=2.0**-7, atol=1e-3)
+@both_dtypes
+def test_close_to_f_linear_at_model_size(dtype: torch.dtype) -> None:
+    x, w, b = (
+        normals(16, 1536, seed=1, dtype=dtype),
+        normals(256, 1536, seed=2, dtype=dtype),
+        normals(256, seed=3, dtype=dtype),
+    )
+    # Two fp32 accumulations in different order; in bf16 each is rounded once, and so they are at
+    # most one step apart.
+    rtol, atol = (2.0**-7, 1e-3) if dtype is BF16 else (1e-6, 1e-4)
+    assert_close(linear(x, w, b), F.linear(x, w, b), rtol=rtol, atol=atol)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "scalar"])
+@pytest.mark.parametrize("k", [768, 2048, 8960])
+def test_fp32_is_as_accurate_as_torch(isa: str, k: int) -> None:
+    x, w = normals(16, k, seed=1, dtype=FP32), normals(200, k, seed=2, dtype=FP32)
+    exact = x.double() @ w.double().T
+
+    def error(y: torch.Tensor) -> float:
+        return float((y.double() - exact).square().mean().sqrt())
+
+    assert error(run(x, w, isa=isa)) <= 2 * error(F.linear(x, w))
 
 
 class TestChoice:
@@ -267,44 +320,63 @@ class TestChoice:
         monkeypatch.delenv("UME_BACKEND", raising=False)
 
     @pytest.mark.skipif(len(ISAS) < 2, reason="no vector instructions or no native module")
-    def test_few_bf16_rows_are_native(self) -> None:
-        assert select("linear", self.x, self.w, None) is Backend.NATIVE
-        full = self.x[:1].expand(_max_rows, 8)
-        assert select("linear", full, self.w, None) is Backend.NATIVE
+    @both_dtypes
+    def test_few_rows_are_native(self, dtype: torch.dtype) -> None:
+        x, w = self.x.to(dtype), self.w.to(dtype)
+        assert select("linear", x, w, None) is Backend.NATIVE
+        assert select("linear", x, w, w.new_zeros(4)) is Backend.NATIVE
+        full = x[:1].expand(_max_rows[dtype], 8)
+        assert select("linear", full, w, None) is Backend.NATIVE
 
-    def test_the_rest_is_torch(self) -> None:
+    @both_dtypes
+    def test_the_rest_is_torch(self, dtype: torch.dtype) -> None:
         def chosen(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> Backend:
             return select("linear", x, w, b)
 
-        many = torch.zeros(MAX_ROWS + 1, 8, dtype=torch.bfloat16)
-        assert chosen(many, self.w) is Backend.TORCH
-        assert chosen(self.x.float(), self.w.float()) is Backend.TORCH
-        assert chosen(self.x, self.w, torch.zeros(4)) is Backend.TORCH
-        assert chosen(self.x[:0], self.w) is Backend.TORCH
-        assert chosen(self.x, self.w.new_zeros(8, 4).T) is Backend.TORCH
-        assert chosen(self.x.to("meta"), self.w.to("meta")) is Backend.TORCH
-        assert chosen(self.x, torch.nn.Parameter(self.w)) is Backend.TORCH
+        x, w, other = self.x.to(dtype), self.w.to(dtype), FP32 if dtype is BF16 else BF16
+        assert chosen(torch.zeros(MAX_ROWS + 1, 8, dtype=dtype), w) is Backend.TORCH
+        assert chosen(x.half(), w.half()) is Backend.TORCH
+        assert chosen(x.double(), w.double()) is Backend.TORCH
+        assert chosen(x, w.to(other)) is Backend.TORCH
+        assert chosen(x.to(other), w) is Backend.TORCH
+        assert chosen(x, w, torch.zeros(4, dtype=other)) is Backend.TORCH
+        assert chosen(x[:0], w) is Backend.TORCH
+        assert chosen(x, w.new_zeros(8, 4).T) is Backend.TORCH
+        assert chosen(x.to("meta"), w.to("meta")) is Backend.TORCH
+        assert chosen(x, torch.nn.Parameter(w)) is Backend.TORCH
 
-    def test_gradients_flow(self) -> None:
-        w = torch.nn.Parameter(integers(4, 8, seed=1))
-        x = integers(2, 8, seed=2)
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_autocast_casts(self, compiled: bool) -> None:
+        call = torch.compile(linear, backend="aot_eager", fullgraph=True) if compiled else linear
+        x, w = self.x.float(), self.w.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert call(x, w).dtype is BF16
+        assert call(x, w).dtype is FP32
+
+    @both_dtypes
+    def test_gradients_flow(self, dtype: torch.dtype) -> None:
+        w = torch.nn.Parameter(integers(4, 8, seed=1, dtype=dtype))
+        x = integers(2, 8, seed=2, dtype=dtype)
         linear(x, w).sum().backward()
         assert torch.equal(w.grad, x.sum(0).expand(4, 8))
         with torch.no_grad():
             assert not linear(x, w).requires_grad
 
-    def test_environment_forces_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @both_dtypes
+    def test_environment_forces_torch(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    ) -> None:
         monkeypatch.setenv("UME_BACKEND", "torch")
-        x, w = normals(3, 1000, seed=1), normals(50, 1000, seed=2)
+        x, w = normals(3, 1000, seed=1, dtype=dtype), normals(50, 1000, seed=2, dtype=dtype)
         assert torch.equal(linear(x, w), F.linear(x, w))
         assert select("linear", x, w, None) is Backend.TORCH
 
     def test_insisting_never_falls_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(BackendError, match="native"):
-            linear(self.x.float(), self.w.float(), backend="native")
+            linear(self.x.half(), self.w.half(), backend="native")
         monkeypatch.setenv("UME_BACKEND", "linear:native")
         with pytest.raises(BackendError, match="native"):
-            linear(self.x.float(), self.w.float())
+            linear(self.x.half(), self.w.half())
 
     def test_shape_errors_are_torchs(self) -> None:
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -312,8 +384,13 @@ class TestChoice:
 
 
 class TestCompile:
-    def test_traces_in_one_graph(self) -> None:
-        x, w, b = integers(3, 40, seed=1), integers(20, 40, seed=2), integers(20, seed=3)
+    @both_dtypes
+    def test_traces_in_one_graph(self, dtype: torch.dtype) -> None:
+        x, w, b = (
+            integers(3, 40, seed=1, dtype=dtype),
+            integers(20, 40, seed=2, dtype=dtype),
+            integers(20, seed=3, dtype=dtype),
+        )
 
         def double(x: torch.Tensor) -> torch.Tensor:
             return linear(x, w, b) * 2
@@ -322,13 +399,19 @@ class TestCompile:
         with torch.no_grad():
             assert torch.equal(compiled(x), double(x))
 
-    def test_operator_is_well_formed(self) -> None:
-        x, w, b = integers(2, 3, 40, seed=1), integers(20, 40, seed=2), integers(20, seed=3)
+    @both_dtypes
+    def test_operator_is_well_formed(self, dtype: torch.dtype) -> None:
+        x, w, b = (
+            integers(2, 3, 40, seed=1, dtype=dtype),
+            integers(20, 40, seed=2, dtype=dtype),
+            integers(20, seed=3, dtype=dtype),
+        )
         for bias in (None, b):
             torch.library.opcheck(torch.ops.ume.linear.default, (x, w, bias))
 
-    def test_training_graph_has_gradients(self) -> None:
-        w = torch.nn.Parameter(integers(20, 40, seed=2))
-        x = integers(3, 40, seed=1)
+    @both_dtypes
+    def test_training_graph_has_gradients(self, dtype: torch.dtype) -> None:
+        w = torch.nn.Parameter(integers(20, 40, seed=2, dtype=dtype))
+        x = integers(3, 40, seed=1, dtype=dtype)
         torch.compile(linear, backend="aot_eager", fullgraph=True)(x, w).sum().backward()
         assert torch.equal(w.grad, x.sum(0).expand(20, 40))

@@ -1,4 +1,4 @@
-"""y = x Wᵀ + b, with a native CPU kernel for few rows of bf16."""
+"""y = x Wᵀ + b, with a native CPU kernel for few rows of bf16 or fp32."""
 
 from ume_kernels.linear.op import linear
 
