@@ -19,6 +19,9 @@ _LAZY = {
     "accelerate": "ume_models.patching.application",
 }
 
+_ROOMS = ("encode", "interfaces", "patching", "processing", "retrieval", "store", "training")
+"""Modules that ``import ume_models`` is enough for."""
+
 
 def __getattr__(name: str) -> Any:
     # torch and transformers are imported when a model is, so that `ume --help` stays quick
@@ -26,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module(_LAZY[name]), name)
+    if name in _ROOMS:
+        from importlib import import_module
+
+        return import_module(f"ume_models.{name}")
     raise AttributeError(f"module 'ume_models' has no attribute {name!r}")

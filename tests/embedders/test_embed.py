@@ -70,6 +70,22 @@ def test_verify_eos_takes_the_official_result(checkpoint_dir, recorded, stops):
     assert torch.equal(got, plain) == stops
 
 
+def test_a_fused_optimizer_step_is_seen(checkpoint_dir):
+    """It changes weights without a new address or version; headers were computed with the old."""
+    items = [{"text": "a red circle"}, {"text": "a blue square on the left"}]
+    model = ume_models.load(checkpoint_dir, max_new_tokens=0)
+    before = model.encode(items)
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True).step()
+    fresh = ume_models.load(checkpoint_dir, max_new_tokens=0)
+    fresh.load_state_dict(model.state_dict())
+    after = model.encode(items)
+    assert float((after - before).abs().max()) > 1e-3
+    assert float((after - fresh.encode(items)).abs().max()) <= 1e-5
+
+
 def test_arguments_that_do_not_fit(model, recorded):
     inputs = recorded.inputs("image_wide")
     ids = inputs["input_ids"]

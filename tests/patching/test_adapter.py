@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ume_models.patching import adapter
+from ume_models.errors import PatchError
+from ume_models.patching import adapter, recipes
 from ume_models.patching.adapter import AdapterForward, Unfit, obstacle, transition
 from ume_models.patching.changes import Change, commit, undo
-from ume_models.patching.recipes import plan
+from ume_models.patching.recipes import OURS, plan
 from ume_models.patching.report import Entry
 
 STANDINS = Path(__file__).parent / "standins" / "plume"
@@ -34,14 +35,22 @@ _numbers = count()
 NAMES = {recipe.name: recipe.modules[0] for recipe in adapter.RECIPES}
 
 
-def fresh(name: str) -> ModuleType:
-    """A repository's module under a name of its own; no other test has this copy."""
+def fresh(name: str, *edit: str) -> ModuleType:
+    """A repository's module under a name of its own; no other test has this copy.
+
+    With an edit (old text, new text) it is a fork of it.
+    """
     spec = spec_from_file_location(f"adapter_standin_{next(_numbers)}", SOURCES[name])
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     sys.modules[module.__name__] = module  # torch.compile and pickle look there
-    spec.loader.exec_module(module)
+    if edit:
+        source = SOURCES[name].read_text()
+        assert edit[0] in source
+        exec(compile(source.replace(*edit), module.__name__, "exec"), vars(module))
+    else:
+        spec.loader.exec_module(module)
     return module
 
 
@@ -71,6 +80,15 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return result
 
     monkeypatch.setattr(adapter, "transition", counting)
+    tried = recipes._tried
+
+    def uncounted(*args: Any) -> str | None:
+        before = len(calls)
+        complaint = tried(*args)
+        del calls[before:]
+        return complaint
+
+    monkeypatch.setattr(recipes, "_tried", uncounted)
     return calls
 
 
@@ -323,6 +341,63 @@ def test_a_pickled_instance_stays_patched(used):
     loaded = pickle.loads(pickle.dumps(model))
     same_inference(loaded, model, torch.randn(4, 32), 2)
     assert len(used) == 2
+
+
+@pytest.mark.parametrize("repository", sorted(NAMES))
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("self.act(self.fc1(x))", "F.silu(self.fc1(x))", r"something else .*\(difference"),
+        ("nn.GELU()", "nn.SiLU()", r"something else|another activation than the exact GELU"),
+        ("nn.GELU()", 'nn.GELU("tanh")', r"something else|another activation than the exact GELU"),
+        ("F.softmax", "2 * F.softmax", r"something else .*\(difference"),
+        ("self.ln(z_t)", "z_t", r"something else .*\(difference"),
+        ('"balance_loss": balance_loss', '"balance_loss": 4 * balance_loss', r"\(difference"),
+        ('{"balance_loss"', '{"rows": 5, "balance_loss"', "it returns .rows, balance_loss, "),
+        ("z_t + self._normalize_context(z_t, context)", "z_t", r"something else .*\(difference"),
+        ("self.ln = ", "self.scale = self.gone; self.ln = ", "cannot be tried .*gone"),
+    ],
+)
+def test_another_adapter_is_not_replaced(repository, old, new, complaint):
+    try:
+        module = fresh(repository, old, new)
+    except AssertionError:
+        pytest.skip("this copy words it otherwise")
+    recipe = next(r for r in adapter.RECIPES if r.name == repository)
+    with pytest.raises(PatchError, match=complaint):
+        plan(recipe, module)
+    changes, entries = plan(recipe, module, strict=False)
+    assert not changes
+    assert [entry.action for entry in entries] == ["missing"]
+
+
+def test_an_adapter_made_otherwise_is_not_tried():
+    module = fresh("plume-train", "        hidden_size,\n", "        config, hidden_size,\n")
+    assert len(plan(next(r for r in adapter.RECIPES if r.name == "plume-train"), module)[0]) == 1
+
+
+@pytest.mark.parametrize("repository", sorted(NAMES))
+def test_a_trial_leaves_no_trace(repository):
+    module = fresh(repository)
+    made: list[Any] = []
+    init = module.LatentMoETransition.__init__
+
+    def announcing(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.append(args)
+        init(self, *args, **kwargs)
+
+    vars(announcing)[OURS] = init
+    module.LatentMoETransition.__init__ = announcing
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+            changes, _ = plan(next(r for r in adapter.RECIPES if r.name == repository), module)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(changes) == 1
+    assert not made  # the first call of ours patches the script, which is not loaded yet
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_revert_restores_the_identical_function():

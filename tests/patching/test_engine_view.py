@@ -123,18 +123,18 @@ def test_the_parameters_are_the_models_own_and_nothing_is_left_on_it(model: Any)
 def test_headers_are_learnt_bounded_and_change_no_number(model: Any) -> None:
     engine = get(model)
     batch = [engine.rows(inputs)[0] for inputs in mixed()]
-    alone = torch.cat([Engine(engine.view).hidden_at([row], [-1]) for row in batch])
+    alone = torch.cat([engine.hidden_at([row], [-1]) for row in batch])
+    torch.testing.assert_close(engine.hidden_at(batch, [-1] * 5), alone, atol=1e-5, rtol=1e-5)
     headers = engine._rollout(False).headers
-    for _ in range(2):  # computed with the first batch, copied in the second
-        torch.testing.assert_close(engine.hidden_at(batch, [-1] * 5), alone, atol=1e-5, rtol=1e-5)
     lengths = [len(h.sequence) for h in headers._headers]
     assert lengths == [len(HEADER) + 5, len(HEADER)]  # with the white image, and up to any image
     assert all(h.kv is not None for h in headers._headers)
-    for seed in range(40):
-        pair = [sample(9 + seed % 5, (1, 4, 4), seed) for _ in range(2)]
-        engine.hidden_at([engine.rows(inputs)[0] for inputs in pair], [-1, -1])
-    assert len(headers._headers) <= 8
-    torch.testing.assert_close(engine.hidden_at(batch, [-1] * 5), alone, atol=1e-5, rtol=1e-5)
+    pairs = [sample(9, (1, 4, 4), seed // 2) for seed in range(40)]
+    many = [engine.rows(inputs)[0] for inputs in pairs]
+    found = engine.hidden_at(many, [-1] * 40)
+    assert 2 < len(engine._rollout(False).headers._headers) <= 8
+    alone = torch.cat([engine.hidden_at([row], [-1]) for row in many])
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_an_image_with_the_same_grid_but_other_pixels_is_not_taken_for_the_header(
@@ -158,6 +158,18 @@ def test_weights_changed_in_place_are_seen(model: Any) -> None:
     assert get(model) is not first
     check(model)
     assert get(model) is get(model)
+
+
+def test_weights_changed_without_a_trace_are_used(model: Any) -> None:
+    """Fused optimizers and writes through ``.data`` change neither address nor version."""
+    check(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    check(model)
+    model.model.language_model.layers[0].self_attn.k_proj.weight.data.mul_(1.5)
+    check(model)
 
 
 def test_a_resized_vocabulary_and_a_cast_are_seen(model: Any) -> None:
@@ -333,6 +345,61 @@ def test_reason_lora(model: Any, layer: Any) -> None:
     wrapper.merged = True
     engine_room._kept.clear()
     assert engine_for(model)[0] is not None
+
+
+def test_reason_lora_unmerged_since(model: Any, layer: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    wrapped.merge_adapter()
+    assert engine_for(wrapped)[0] is not None
+    with wrapped.disable_adapter():
+        assert engine_for(wrapped)[0] is None
+    assert engine_for(wrapped)[0] is not None
+    wrapped.unmerge_adapter()
+    assert "LoRA that is not merged" in reason_of(wrapped)
+
+
+def test_reason_forward_of_a_class(model: Any, layer: Any) -> None:
+    class Scaled(type(layer.mlp)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    assert engine_for(model)[0] is not None
+    layer.mlp.__class__ = Scaled
+    assert "layers.1.mlp: a Scaled with a forward of" in reason_of(model)
+
+
+def test_reason_activation(model: Any, layer: Any) -> None:
+    assert engine_for(model)[0] is not None
+    layer.mlp.act_fn = nn.GELU()
+    assert reason_of(model) == "decoder.layers.1.mlp.act_fn is a GELU, not silu"
+
+
+def test_reason_attention(model: Any, layer: Any) -> None:
+    assert engine_for(model)[0] is not None
+    layer.self_attn.is_causal = False
+    assert "is not causal" in reason_of(model)
+
+
+def test_reason_vision_activation(model: Any) -> None:
+    model.model.visual.blocks[0].mlp.act = nn.ReLU()
+    model.model.visual.blocks[0].mlp.act_fn = nn.ReLU()
+    assert "vision tower.blocks.0.mlp is a ReLU" in reason_of(model)
+
+
+def test_reason_norm_changed_since(model: Any, layer: Any) -> None:
+    assert engine_for(model)[0] is not None
+    layer.input_layernorm.variance_epsilon = 1e-2
+    assert "not a plain layer" in reason_of(model)
+
+
+def test_reason_global_hook(model: Any) -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert "for all modules" in reason_of(model)
+    finally:
+        handle.remove()
 
 
 def test_reason_storage(model: Any, layer: Any) -> None:

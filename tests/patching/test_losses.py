@@ -17,7 +17,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import ume_models.assets
-from ume_models.patching import adapter, losses
+from ume_models.errors import PatchError
+from ume_models.patching import adapter, losses, recipes
 from ume_models.patching.changes import commit, undo
 from ume_models.patching.recipes import Recipe, plan
 
@@ -73,6 +74,15 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return inner(*args, **options)
 
     monkeypatch.setattr(losses, "contrastive_loss", counting)
+    tried = recipes._tried
+
+    def uncounted(*args: Any) -> str | None:
+        before = len(calls)
+        complaint = tried(*args)
+        del calls[before:]
+        return complaint
+
+    monkeypatch.setattr(recipes, "_tried", uncounted)
     return calls
 
 
@@ -351,6 +361,86 @@ def test_gradient_cache_equals_the_full_batch(chunk, fused, imported):
     assert len(fused) == 1
 
 
+# -- versions that compute something else ------------------------------------------------------
+
+
+def fork(name: str, old: str, new: str) -> ModuleType:
+    """A stand-in whose loss is another one."""
+    folder = "plume" if name.startswith("plume") else "vlm2vec"
+    path = STANDINS / folder / f"{name.replace('.', '/')}.py"
+    source = path.read_text()
+    assert old in source
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    exec(compile(source.replace(old, new), name, "exec"), vars(module))
+    return module
+
+
+PRODUCT = "logits = torch.matmul(x, y.transpose(0, 1))"
+DIVISION = "logits / self.temperature"
+SMOOTHED = "reduction=reduction, label_smoothing=0.01"
+GATHERED = "dist.is_initialized() and dist.all_reduce(x); " + PRODUCT
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        (PRODUCT, "logits = F.normalize(x) @ F.normalize(y).T", "something else.*difference"),
+        (DIVISION, "logits * self.temperature", "something else.*difference"),
+        (DIVISION, "logits / 0.02", "something else.*difference"),
+        (DIVISION, "logits * self.log_scale.exp()", "cannot be tried.*log_scale"),
+        ("reduction=reduction", SMOOTHED, "something else.*difference"),
+        ("step = y.size(0) // x.size(0)", "step = 1", "something else.*difference"),
+    ],
+)
+def test_another_simple_loss_is_not_replaced(old, new, complaint):
+    module = fork("src.loss", old, new)
+    original = vars(module.SimpleContrastiveLoss)["__call__"]
+    not_replaced(module, "src.loss.SimpleContrastiveLoss.__call__", complaint)
+    assert vars(module.SimpleContrastiveLoss)["__call__"] is original
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("F.normalize(reps, p=2, dim=-1)", "reps", "something else.*difference"),
+        ("masked_fill(~all_valid[None], -1e4)", "mul(1)", "something else.*difference"),
+        ("cross_entropy(p2q[anchors]", "cross_entropy(q2p[anchors]", "something else.*difference"),
+        ("float(valid_mask.sum())", "valid_mask.sum()", "returns a Tensor, expected a float"),
+    ],
+)
+def test_another_training_loss_is_not_replaced(old, new, complaint, imported):
+    with imported(STANDINS / "plume", "plume.train.train_plume"):
+        module = fork("plume.train.train_plume", old, new)
+    original = vars(module)[NAME]
+    not_replaced(module, f"plume.train.train_plume.{NAME}", complaint)
+    assert vars(module)[NAME] is original
+
+
+def not_replaced(module: ModuleType, target: str, complaint: str) -> None:
+    recipe = recipe_of(module.__name__)
+    assert recipe.recognises(module)
+    with pytest.raises(PatchError, match=complaint):
+        plan(recipe, module)
+    changes, entries = plan(recipe, module, strict=False)
+    assert target not in [change.entry.target for change in changes]
+    assert [e.action for e in entries if e.target == target] == ["missing"]
+
+
+def test_trials_do_not_depend_on_what_is_set(vlm2vec, plume):
+    state = torch.get_rng_state()
+    torch.set_float32_matmul_precision("medium")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for module in (vlm2vec, plume):
+            with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+                assert plan(recipe_of(module.__name__), module)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # -- two processes ------------------------------------------------------------------------------
 
 
@@ -367,6 +457,7 @@ def worker(rank: int, world: int, folder: str) -> None:
         counts_across_ranks(original, new, rank)
         one_rank_has_nothing(new, rank)
         distributed_loss(importlib.import_module("src.loss"), rank)
+        one_rank_tries(rank)
     finally:
         dist.destroy_process_group()
 
@@ -445,3 +536,15 @@ def distributed_loss(module: ModuleType, rank: int) -> None:
     commit(changes)
     same(gradients(loss, x, y), wanted)
     undo(changes)
+
+
+def one_rank_tries(rank: int) -> None:
+    """A trial waits for nobody, and what would is not replaced."""
+    if rank:
+        for name, old, new in (
+            ("src.loss", PRODUCT, GATHERED),
+            ("plume.train.train_plume", "zero = qry", "dist.barrier(); zero = qry"),
+        ):
+            with pytest.raises(PatchError, match=r"cannot be tried \(RuntimeError: it calls c10d"):
+                plan(recipe_of(name), fork(name, old, new))
+    dist.barrier()

@@ -309,16 +309,28 @@ def test_an_error_of_the_loader_comes_at_its_sample(
     assert [id(batch) for batch in moved] == [id(inputs) for inputs, _ in items[:6]]
 
 
-def test_inputs_changed_on_the_way_are_computed_as_they_are(
-    patched: ModuleType, script: ModuleType, shared: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dimmed(batch: Any, device: Any) -> Any:
-        return {**batch, "pixel_values": batch["pixel_values"] * 0.5}
+def a_new_dict(batch: Any) -> Any:
+    return {**batch, "pixel_values": batch["pixel_values"] * 0.5}
 
-    monkeypatch.setattr(patched, "batch_to_device", dimmed)
+
+def its_own_dict(batch: Any) -> Any:
+    batch["pixel_values"] = batch["pixel_values"] * 0.5
+    return batch
+
+
+def its_own_tensor(batch: Any) -> Any:
+    batch["pixel_values"].mul_(0.5)
+    return batch
+
+
+@pytest.mark.parametrize("dimmed", [a_new_dict, its_own_dict, its_own_tensor])
+def test_inputs_changed_on_the_way_are_computed_as_they_are(
+    patched: ModuleType, shared: Setting, monkeypatch: pytest.MonkeyPatch, dimmed: Any
+) -> None:
+    monkeypatch.setattr(patched, "batch_to_device", lambda batch, device: dimmed(batch))
     found = shared.encode(patched)[0]
     monkeypatch.setattr(patched, "batch_to_device", lambda batch, device: dict(batch))
-    inputs = [dimmed(inputs, None) for inputs, _ in shared.loader(patched)]
+    inputs = [dimmed(inputs) for inputs, _ in shared.loader(patched)]
     close(found, np.stack([shared.call(patched, one)[0].numpy() for one in inputs]))
 
 
@@ -569,9 +581,38 @@ def test_look_ahead_is_a_loader() -> None:
     assert ahead.dataset == "kept"
     seen = []
     for inputs, _ in ahead:
-        assert inputs is ahead.coming[0]
+        coming = ahead.coming[0]
+        assert coming is not None
+        assert coming.inputs["input_ids"] is inputs["input_ids"]
         seen.append((ahead.chunk, len(ahead.coming)))
     assert seen == [(1, 3), (1, 2), (1, 1), (2, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("what", ["the object", "the memory"])
+def test_a_loader_that_fills_the_same_again(what: str) -> None:
+    def items() -> Iterator[Any]:
+        inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
+        for number in range(6):
+            if what == "the object":
+                inputs["input_ids"] = torch.full((1, 3), number)
+                yield inputs, [number]
+            else:
+                inputs["input_ids"].fill_(number)
+                yield dict(inputs), [number]
+
+    ahead = LookAhead(items())
+    seen = [(inputs["input_ids"][0].tolist(), infos, ahead.chunk) for inputs, infos in ahead]
+    assert [(ids, infos) for ids, infos, _ in seen] == [([n] * 3, [n]) for n in range(6)]
+    assert [chunk for _, _, chunk in seen] == [1, 1, 2, 3, 4, 5]
+
+
+def test_samples_may_share_what_does_not_change() -> None:
+    image = torch.ones(4, 5)
+    items = [
+        ({"input_ids": torch.full((1, 2), n), "pixel_values": image}, [n]) for n in range(6)
+    ]
+    ahead = LookAhead(items)
+    assert [ahead.chunk for _ in ahead] == [1] * 6
 
 
 def test_limits_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:

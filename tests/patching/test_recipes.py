@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from ume_kernels.dispatch import BackendError
 from ume_models.errors import PatchError
 from ume_models.patching.changes import Change, InstanceForward, commit, undo
-from ume_models.patching.recipes import Recipe, Target, plan
+from ume_models.patching.recipes import Recipe, Target, difference, plan
 from ume_models.patching.report import Entry, PatchReport
 
 SOURCE = '''
@@ -133,6 +134,81 @@ def test_somebody_elses_replacement_is_an_error() -> None:
     module.rank = other.rank
     with pytest.raises(PatchError, match=r"toy\.losses\.rank: it was replaced by fast_library"):
         plan(RECIPE, module)
+
+
+def tried(trial: Any) -> Recipe:
+    targets = (Target("rank", ("scores", "k"), doubling, "x", trial=trial), RECIPE.targets[1])
+    return Recipe("toy", ("m",), (), targets)
+
+
+def failing(original: Any, replacement: Any) -> str:
+    raise KeyError("scale")
+
+
+@pytest.mark.parametrize(
+    ("trial", "complaint"),
+    [
+        (
+            lambda old, new: difference(len(old([2], 1)), len(new([2], 1))),
+            r"\(difference 1\.0e\+00",
+        ),
+        (failing, r"it cannot be tried \(KeyError: 'scale'\)"),
+    ],
+)
+def test_what_computes_something_else_is_never_replaced(trial, complaint) -> None:
+    module = module_of("toy.losses")
+    before = dict(vars(module))
+    with pytest.raises(PatchError, match=rf"toy\.losses\.rank: .*{complaint}"):
+        plan(tried(trial), module)
+    report = applied(module, tried(trial), strict=False, importers=[module_of("toy.run")])
+    assert [e.action for e in report.entries] == ["missing", "replaced"]
+    assert dict(vars(module)) == before
+    undo(report.changes)
+
+
+def asks_for_a_gpu(original: Any, replacement: Any) -> str:
+    raise BackendError("UME_BACKEND")
+
+
+@pytest.mark.parametrize("trial", [lambda old, new: None, asks_for_a_gpu])
+def test_a_trial_without_complaint(trial) -> None:
+    assert len(plan(tried(trial), module_of("toy.losses"))[0]) == 2
+
+
+def test_a_trial_leaves_no_trace_and_knows_no_defaults() -> None:
+    seen: list[Any] = []
+
+    def trial(original: Any, replacement: Any) -> None:
+        x = torch.nn.Linear(2, 2)(torch.randn(1, 2))
+        seen.extend((x.device.type, x.requires_grad, torch.is_autocast_enabled("cpu")))
+
+    state = torch.get_rng_state()
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        plan(tried(trial), module_of("toy.losses"))
+    assert seen == ["cpu", False, False]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "got", "complaint"),
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0 + 1e-5], dtype=torch.float64), None),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), "(difference 1.0e-01)"),
+        (torch.tensor(torch.nan), torch.tensor(1.0), "(difference nan)"),
+        (torch.zeros(2), torch.zeros(3), "the shape [2], expected [3]"),
+        (torch.zeros(0), torch.zeros(0), None),
+        (torch.tensor(1.0), 1.0, "a Tensor, expected a float"),
+        ((1.0, None), (1.0, None), None),
+        ((1.0, None), (1.0, 3), "a NoneType, expected a int"),
+        ((1.0,), (1.0, 2.0), "1 values, expected 2"),
+        ({"a": 1.0, "b": 2.0}, {"b": 2.0, "a": 1.0}, None),
+        ({"a": 1.0}, {"b": 1.0}, "(a), expected (b)"),
+        ("mean", "sum", "'mean', expected 'sum'"),
+    ],
+)
+def test_differences_in_words(wanted, got, complaint) -> None:
+    found = difference(wanted, got)
+    assert found is None if complaint is None else complaint in str(found)
 
 
 def test_an_optional_target_may_be_absent() -> None:

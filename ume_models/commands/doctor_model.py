@@ -104,7 +104,7 @@ def examine(model: str) -> Finding:
         family=str(raw["model_type"]),
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
-        report=PatchReport(type(module).__name__, "this checkpoint, not loaded", entries),
+        report=PatchReport(type(module).__name__, "this checkpoint", entries, planned=True),
         problems=tuple(problems),
         suits=_suited(directory, home, adapter),
         fast_engine=_refused_by_the_fast_engine(directory),

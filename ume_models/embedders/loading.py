@@ -200,7 +200,9 @@ def resolve(path_or_id: str | Path | None, weights: bool = True) -> Path:
     if path.exists():
         raise CheckpointError(f"{path}: is a file; give the checkpoint's directory")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError(f"{path}: no such directory")
+        raise CheckpointError(
+            f"{path}: no such directory; give a checkpoint's folder, or a hub id (owner/name)"
+        )
     try:
         from huggingface_hub import snapshot_download
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ume_kernels import MoETransition
 from ume_models.atomic import write_atomically
@@ -208,9 +209,8 @@ class PlumeForEmbedding(nn.Module):
         self._rollout = self._reference = self._fingerprint = None
 
     def _refresh_if_changed(self) -> None:
-        stamp = hash(
-            tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
-        )
+        held = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
+        stamp = hash((_optimizer_steps, *held))
         if stamp != self._stamp:
             self.refresh()
             self._stamp = stamp
@@ -498,6 +498,18 @@ class PlumeForEmbedding(nn.Module):
         write_json(target / "config.json", raw)
         write_library_files(target, self.sources)
         write_state(target, self.state_dict(), max_shard_bytes)
+
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimizers write into parameters without counting it as their version.
+register_optimizer_step_post_hook(_count_step)
 
 
 def check_rollout(latent_steps: int, context: str) -> int:

@@ -8,6 +8,7 @@ ranks and experts that asks the device after each.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from ume_kernels.moe_transition import MoEWeights, SharedExpert, moe_transition
 from ume_kernels.moe_transition.reference import auxiliary, clamp_step, mix_experts, route
 from ume_models.patching.changes import InstanceForward
 from ume_models.patching.forwards import undisturbed
-from ume_models.patching.recipes import Recipe, Target
+from ume_models.patching.recipes import OURS, Recipe, Target, difference
 
 Tensor = torch.Tensor
 Result = tuple[Tensor, dict[str, Tensor]]
@@ -185,7 +186,8 @@ def transition(
         if excluded.is_cpu and not bool(excluded.any()):
             excluded = None
     top_k = int(module.top_k)
-    gathers = z_t.is_cpu and (z_t.dtype is not torch.bfloat16 or _needs_grad(z_t, context, weights))
+    native = z_t.dtype in (torch.bfloat16, torch.float32)  # where the op's linear layers may be
+    gathers = z_t.is_cpu and (not native or _needs_grad(z_t, context, weights))
     run = _gathered if gathers else moe_transition
     if not autocast:
         out, aux = run(z_t, context, step, weights, top_k, excluded)
@@ -224,7 +226,7 @@ def _gathered(
 
     With gradients, where the op evaluates every expert for every row: a GPU hides that, a CPU does
     not. As in the original, an expert that no row chose gets no gradient. Without gradients, where
-    the op's linear layers are PyTorch's own: not in bfloat16.
+    the op's linear layers are PyTorch's own: not in bfloat16 and float32.
     """
     ids = clamp_step(step, len(z), weights.step_embed.shape[0], z.device)
     routing = route(z, context, ids, weights, top_k, excluded)
@@ -270,6 +272,32 @@ def _of_class(original: Callable[..., Result]) -> Callable[..., Result]:
     return forward
 
 
+def _try_forward(original: Callable[..., Any], replacement: Callable[..., Any]) -> str | None:
+    """A small adapter of the module's class, where it is made as the official ones are."""
+    kind = inspect.unwrap(original).__globals__["LatentMoETransition"]
+    init = getattr(kind.__init__, OURS, kind.__init__)  # ours also patches the script that runs
+    module: nn.Module = kind.__new__(kind)
+    sizes = {"hidden_size": 16, "num_experts": 4, "top_k": 2}
+    try:
+        inspect.signature(init).bind(module, **sizes)
+    except TypeError:
+        return None
+    init(module, **sizes)
+    module.to("cpu", torch.float32).eval()
+    generator = torch.Generator("cpu").manual_seed(5)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    for parameter in module.parameters():
+        parameter.copy_(draw(*parameter.shape) / 3)
+    z, context = draw(2, 5, 16)
+    wanted = original(module, z, step_id=1, context=context)
+    got = replacement(module, z, step_id=1, context=context)
+    # With an obstacle the original runs at every call: the same numbers, and nothing replaced.
+    return difference(wanted, got) or obstacle(module)
+
+
 RECIPES: tuple[Recipe, ...] = tuple(
     Recipe(
         name=name,
@@ -282,6 +310,7 @@ RECIPES: tuple[Recipe, ...] = tuple(
                 make=_of_class,
                 by="ume_kernels.moe_transition",
                 reason=KEPT,
+                trial=_try_forward,
             ),
         ),
     )

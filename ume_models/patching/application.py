@@ -41,16 +41,17 @@ def apply(target: Any, *, strict: bool = True, **options: Any) -> PatchReport:
     """
     _refuse_during_capture()
     if isinstance(target, nn.Module):
+        _check_options(options, ("logits",))
         changes, entries = models.plan(target, strict=strict, **options)
         subject, recipe = type(models.unwrap(target)).__name__, "instance"
     elif isinstance(target, str) and target == "transformers":
         from ume_models.patching import plug_points  # knows transformers; nobody else needs it
 
+        _check_options(options, ("attention", "norms"))
         changes, entries = plug_points.plan(strict=strict, **options)
         subject, recipe = "transformers", "plug points"
     elif isinstance(target, (str, ModuleType)):
-        if options:
-            raise TypeError(f"a repository has no options, got {', '.join(options)}")
+        _check_options(options, ())
         subject, recipe = repositories.describe(target)
         changes, entries = repositories.plan(target, strict)
     else:
@@ -62,9 +63,31 @@ def apply(target: Any, *, strict: bool = True, **options: Any) -> PatchReport:
     return PatchReport(subject, recipe, entries, changes)
 
 
-def accelerate(model: Any, **options: Any) -> PatchReport:
-    """``apply`` under the name most people look for; ``print`` the result to see what was done."""
-    return apply(model, **options)
+def accelerate(model: Any, *, logits: bool = True, strict: bool = True) -> PatchReport:
+    """Speed up a model that is loaded already; ``print`` the result to see what was done.
+
+        report = ume_models.accelerate(model)
+        ume_models.patching.revert(report)          # or revert(model)
+
+    Only this instance changes, and nothing it is made of: its checkpoints, keys and classes stay.
+
+    Args:
+        model: transformers' Qwen2-VL or Qwen2.5-VL, with or without the official latent adapter,
+            bare or inside PEFT, DDP, FSDP or ``torch.compile``; or VLM2Vec's ``MMEBModel``.
+        logits: False if you only use its hidden states: ``logits`` are empty, ``[B, S, 0]``, and
+            ``generate`` and ``labels`` are errors.
+        strict: a part that is not as expected is an error; else it is listed and left alone.
+
+    Returns:
+        What was replaced, repaired and left alone, and why. Twice changes nothing.
+
+    Raises:
+        PatchError: the model is not known, was patched by another library, or cannot be patched
+            now; nothing was changed. The message names the part and the remedy.
+    """
+    if isinstance(model, nn.Module):
+        return apply(model, logits=logits, strict=strict)
+    return apply(model, strict=strict)
 
 
 def revert(done: PatchReport | nn.Module) -> None:
@@ -86,7 +109,13 @@ def revert(done: PatchReport | nn.Module) -> None:
         )
     elif done.active:
         change_room.undo(done.changes)
-        done.active = False
+
+
+def _check_options(given: dict[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        told = ", ".join(("strict", *known))
+        raise TypeError(f"options are {told}; got {', '.join(unknown)}")
 
 
 def _refuse_during_capture() -> None:

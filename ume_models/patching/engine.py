@@ -121,16 +121,15 @@ class Engine:
         key = adapter is not None
         if key not in self._rollouts:
             view = self.view
-            made = LatentRollout(view.config, view.text, view.visual, adapter)
-            made.headers = LearntHeaders(view.config)
-            self._rollouts[key] = made
+            self._rollouts[key] = LatentRollout(view.config, view.text, view.visual, adapter)
         return self._rollouts[key]
 
 
 @contextmanager
 def _learning(rollout: LatentRollout, batch: Sequence[Prompt]) -> Any:
-    if isinstance(rollout.headers, LearntHeaders):
-        rollout.headers.learn(batch)
+    # Headers of this batch alone. Kept, they could outlive the weights they were computed with:
+    # fused optimizers and whatever writes through .data change weights without a trace.
+    rollout.headers = LearntHeaders(rollout.config, batch)
     yield rollout
 
 
@@ -167,8 +166,8 @@ def engine_for(model: nn.Module) -> tuple[Engine | None, str]:
     """The engine on a model's present weights, or None and the reason.
 
     The model is looked over at every call (about a microsecond per module): when a parameter was
-    replaced, moved or written in place since, a new engine is made and what was derived from the
-    old values (prompt headers, recorded graphs) is dropped.
+    replaced, moved or written in place since, a new engine is made. Nothing that was computed from
+    the weights is kept from one batch to the next, so writes that leave no trace are no danger.
 
     Args:
         model: ``Qwen2VLForConditionalGeneration`` and its kin of any supported transformers, or

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from ume_kernels.linear import linear
 from ume_kernels.prefill import rms_norm, silu_mul, silu_mul_
+from ume_models.errors import PatchError
 from ume_models.patching.changes import InstanceForward
 
 WORTH_REUSING = 1 << 18
@@ -48,14 +49,14 @@ def _watched(*modules: nn.Module) -> bool:
 
 
 class LinearForward(InstanceForward):
-    """``nn.Linear`` by ``ume_kernels.linear``: native for few rows of bf16 without gradient."""
+    """``nn.Linear`` by ``ume_kernels.linear``: native for few rows without gradient."""
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K] -> [..., N]``."""
-        bf16 = torch.bfloat16
+        dtype = input.dtype
         if (
-            input.dtype is not bf16
-            or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is not bf16)
+            (dtype is not torch.bfloat16 and dtype is not torch.float32)
+            or (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is not dtype)
             or not undisturbed()
         ):
             return self.original(input)
@@ -127,6 +128,45 @@ class NoLogits(InstanceForward):
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[..., D] -> [..., 0]``."""
         return hidden_states[..., :0]
+
+
+_WITHOUT_LOGITS = (
+    "this model was accelerated with logits=False; ume_models.patching.revert the report, then "
+    "accelerate it without that option"
+)
+
+
+class RefuseLabels(InstanceForward):
+    """Forward of a model without logits: a loss over labels would be one over no words."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The original.
+
+        Raises:
+            PatchError: with ``labels``.
+        """
+        if kwargs.get("labels") is not None:
+            raise PatchError(f"labels: {_WITHOUT_LOGITS}")
+        return self.original(*args, **kwargs)
+
+
+class RefuseGeneration(InstanceForward):
+    """``generate`` of a model without logits."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises PatchError."""
+        raise PatchError(f"generate: {_WITHOUT_LOGITS}")
+
+
+class RefuseReplicas(InstanceForward):
+    """``nn.DataParallel`` copies a module's attributes, so its replicas would run the original."""
+
+    def __call__(self) -> Any:
+        """Raises PatchError."""
+        raise PatchError(
+            f"nn.DataParallel cannot take a patched {type(self.module).__name__}; use "
+            "DistributedDataParallel, or ume_models.patching.revert(model) first"
+        )
 
 
 class SuffixMaskForward(InstanceForward):

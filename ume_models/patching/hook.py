@@ -33,11 +33,13 @@ _MODES = {
     "": "strict",
     "1": "strict",
     "true": "strict",
+    "yes": "strict",
     "on": "strict",
     "strict": "strict",
     "lenient": "lenient",
     "0": "off",
     "false": "off",
+    "no": "off",
     "off": "off",
 }
 
@@ -50,13 +52,23 @@ def known_as(name: str) -> str | None:
 def mode() -> str:
     """``"strict"``, ``"lenient"`` or ``"off"``, by the environment variable UME_ACCELERATE.
 
-    Raises:
-        ValueError: it has another value.
+    Another value switches it off and is said once: this runs when any Python of the environment
+    starts, where an exception would be a page of traceback.
     """
     value = os.environ.get(VARIABLE, "")
-    if value.strip().lower() not in _MODES:
-        raise ValueError(f"{VARIABLE}={value!r}; use 1, lenient or 0")
-    return _MODES[value.strip().lower()]
+    found = _MODES.get(value.strip().lower())
+    if found is None:
+        found = "off"
+        if value not in _told:
+            _told.add(value)
+            print(
+                f"ume: {VARIABLE}={value!r} is not 1, lenient or 0: nothing is accelerated",
+                file=sys.stderr,
+            )
+    return found
+
+
+_told: set[str] = set()
 
 
 class _Finder:

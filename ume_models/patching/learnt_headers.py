@@ -6,77 +6,44 @@ of text-only inputs, the instruction of a task. What the prompts of a batch shar
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
-import torch
 
 from ume_models.backbone.config import BackboneConfig
 from ume_models.rollout.headers import Header, HeaderCache, same_visual
 from ume_models.rollout.sequence import Sequence, Visual
 
 LIMIT = 8
-"""Headers kept; the one not used for longest goes first."""
+"""Headers of a batch."""
 
 WORTH = 8
 """Tokens that a header must save beyond the one that serves already."""
 
 
 class LearntHeaders(HeaderCache):
-    """Headers of the prompts seen, at most ``LIMIT`` of them.
+    """What the prompts of a batch, and those with the same first visual, have in common.
 
     Args:
         config: names the pad ids and the merge size, which tell the tokens of a visual.
+        batch: the prompts.
     """
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, batch: Seq[Sequence]) -> None:
         super().__init__()
         self.config = config
-        self._previous: Sequence | None = None
-        self._used: list[Sequence] = []
+        for group in (*_by_first_visual(batch), batch):
+            if len(group) > 1 and len(self._headers) < LIMIT:
+                self._consider(beginning(group[0], self._shared(group), config))
 
     def __len__(self) -> int:
         return len(self._headers)
 
-    def learn(self, batch: Seq[Sequence]) -> None:
-        """Register what all prompts, and those with the same first visual, have in common.
-
-        The last prompt of the batch before takes part, so that single prompts count too.
-        """
-        pool = [*batch] if self._previous is None else [self._previous, *batch]
-        self._previous = batch[-1]
-        for group in (*_by_first_visual(pool), pool):
-            if len(group) > 1:
-                self._consider(beginning(group[0], self._shared(group), self.config))
-
-    def match(
-        self, sequence: Sequence, compute: Callable[[Sequence], torch.Tensor]
-    ) -> Header | None:
-        found = super().match(sequence, compute)
-        if found is not None:
-            self._touch(found.sequence)
-        return found
-
     def _consider(self, header: Sequence) -> None:
-        if any(
-            h.sequence.input_ids.size == len(header) and _same(h, header) for h in self._headers
-        ):
-            return
-        served = max((len(h.sequence) for h in self._headers if h.begins(header)), default=0)
-        if len(header) < served + WORTH:
-            return
-        if len(self._headers) >= LIMIT:
-            held = [h.sequence for h in self._headers]
-            oldest = next(s for s in (*self._used, *held) if any(s is h for h in held))
-            self._headers = [h for h in self._headers if h.sequence is not oldest]
-        self.register(header)
-        self._touch(header)
-
-    def _touch(self, sequence: Sequence) -> None:
-        self._used = [s for s in self._used if s is not sequence][-2 * LIMIT :]
-        self._used.append(sequence)
+        served = max((len(h.sequence) for h in self._headers if _starts(h, header)), default=0)
+        if len(header) >= served + WORTH:
+            self.register(header)
 
     def _shared(self, group: Seq[Sequence]) -> int:
         """Leading tokens that all prompts share, with at least one of each left over."""
@@ -94,10 +61,12 @@ class LearntHeaders(HeaderCache):
         return count
 
 
-def _same(header: Header, sequence: Sequence) -> bool:
-    return np.array_equal(header.sequence.input_ids, sequence.input_ids) and all(
-        same_visual(a, b) for a, b in zip(header.sequence.visuals, sequence.visuals, strict=True)
+def _starts(header: Header, other: Sequence) -> bool:
+    mine = header.sequence
+    same = np.array_equal(mine.input_ids, other.input_ids) and all(
+        same_visual(a, b) for a, b in zip(mine.visuals, other.visuals, strict=False)
     )
+    return same or header.begins(other)
 
 
 def _by_first_visual(pool: Seq[Sequence]) -> list[list[Sequence]]:

@@ -5,6 +5,7 @@ A loop that takes one sample at a time still says which samples come next: they 
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -31,17 +32,50 @@ def limits() -> tuple[int, int]:
     return found[0], found[1]
 
 
+class Snapshot:
+    """Inputs as they were when they were read, to notice what is done to them afterwards.
+
+    Args:
+        inputs: in processor layout; held, not copied.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self.inputs = dict(inputs)
+        self._versions = {k: _version(v) for k, v in self.inputs.items()}
+
+    def untouched(self, name: str) -> bool:
+        """Whether nobody has written into the tensor since."""
+        return self._versions.get(name) == _version(self.inputs.get(name))
+
+
+def _version(value: Any) -> int | None:
+    tracked = isinstance(value, torch.Tensor) and not value.is_inference()
+    return value._version if tracked else None
+
+
+def _copied(item: Any) -> Any:
+    """A sample with inputs of its own."""
+    inputs = copy.copy(item[0])
+    for name, value in item[0].items():
+        if isinstance(value, torch.Tensor):
+            inputs[name] = value.clone()
+    return (inputs, *item[1:])
+
+
 class LookAhead:
     """Yields what a loader yields, in its order, but reads some samples before they are asked for.
 
-    An error of the loader is raised where it would have been: after the samples before it.
+    An error of the loader is raised where it would have been: after the samples before it. A loader
+    that fills the same object or memory again for each sample is noticed at its second one, and
+    from then on read one sample at a time.
 
     Args:
         loader: yields ``(inputs, infos)``, inputs in processor layout.
         samples, tokens: read at most so many ahead (the sample that exceeds ``tokens`` included).
 
     Attributes:
-        coming: inputs of the sample yielded last and of those read behind it.
+        coming: snapshots of the inputs of the sample yielded last and of those read behind it;
+            None for what is no sample.
         chunk: number of the chunk they belong to.
     """
 
@@ -49,7 +83,7 @@ class LookAhead:
         self.loader = loader
         self.samples = samples
         self.tokens = tokens
-        self.coming: list[Any] = []
+        self.coming: list[Snapshot | None] = []
         self.chunk = 0
 
     def __len__(self) -> int:
@@ -62,26 +96,62 @@ class LookAhead:
 
     def __iter__(self) -> Iterator[Any]:
         source = iter(self.loader)
+        samples = self.samples
         error: Exception | None = None
         while error is None:
             chunk: list[Any] = []
             tokens = 0
-            while len(chunk) < self.samples and tokens < self.tokens:
+            spares: dict[int, Any] = {}  # copies of the samples that share memory with the last
+            while len(chunk) < samples and tokens < self.tokens:
                 try:
                     item = next(source)
                 except Exception as raised:
                     error = raised
                     break
+                if not (chunk and _shared(chunk[-1], item)):
+                    spares = {}
+                elif not _same(chunk[-1], spares[len(chunk) - 1]) or item[0] is chunk[-1][0]:
+                    for number, spare in spares.items():
+                        chunk[number] = spare
+                    samples = 1
                 chunk.append(item)
+                if isinstance(_inputs(item), Mapping):
+                    spares[len(chunk) - 1] = _copied(item)
                 size = _size(item)
                 tokens += self.tokens if size is None else size
             self.chunk += 1
-            self.coming = [_inputs(item) for item in chunk]
+            self.coming = [_snapshot(item) for item in chunk]
             for item in chunk:
                 yield item
                 self.coming = self.coming[1:]
         if not isinstance(error, StopIteration):
             raise error
+
+
+def _snapshot(item: Any) -> Snapshot | None:
+    inputs = _inputs(item)
+    return Snapshot(inputs) if isinstance(inputs, Mapping) else None
+
+
+def _shared(earlier: Any, later: Any) -> bool:
+    """Whether two samples are the same object, or have tensors in the same memory."""
+    mine, theirs = _inputs(earlier), _inputs(later)
+    if not isinstance(mine, Mapping) or not isinstance(theirs, Mapping):
+        return False
+    places = {v.data_ptr() for v in mine.values() if _filled(v)}
+    return mine is theirs or any(v.data_ptr() in places for v in theirs.values() if _filled(v))
+
+
+def _filled(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() > 0
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether the tensors of two samples are equal."""
+    return all(
+        torch.equal(value, other[0][name]) if isinstance(value, torch.Tensor) else True
+        for name, value in one[0].items()
+    )
 
 
 def _inputs(item: Any) -> Any:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ume_kernels.contrastive_loss import contrastive_loss, distributed_contrastive_loss
 from ume_kernels.contrastive_loss.arguments import Reduction
 from ume_models.patching.forwards import undisturbed
-from ume_models.patching.recipes import Recipe, Target
+from ume_models.patching.recipes import Recipe, Target, difference
 from ume_models.patching.report import Entry
 from ume_models.patching.suffix_mask import RepairedBackbone
 
@@ -85,6 +88,32 @@ def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
+class _Alone(TorchDispatchMode):
+    """Refuses what waits for other processes: they need not be trying the same now."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if "c10d" in func.namespace:
+            raise RuntimeError(f"it calls {func} on its own")
+        return func(*args, **(kwargs or {}))
+
+
+def _alone() -> AbstractContextManager[Any]:
+    # A mode loads torch._dynamo, seconds; without a group there is nobody to wait for.
+    grouped = dist.is_available() and dist.is_initialized()
+    return _Alone() if grouped else nullcontext()
+
+
+def _rows(*sizes: int) -> list[Tensor]:
+    """Few values, whatever the precision of products is set to: the smallest are always exact."""
+    generator = torch.Generator("cpu").manual_seed(5)
+    return [
+        torch.randn(size, 8, generator=generator, dtype=torch.float32, device="cpu")
+        for size in sizes
+    ]
+
+
 # -- VLM2Vec ------------------------------------------------------------------------------------
 
 
@@ -99,6 +128,15 @@ def _simple_loss(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return original(self, x, y, target=target, reduction=reduction)
 
     return __call__
+
+
+def _try_simple_loss(original: Callable[..., Any], replacement: Callable[..., Any]) -> str | None:
+    loss = SimpleNamespace(temperature=0.3)
+    x, same, twice = _rows(4, 4, 8)
+    cases = [(y, reduction) for y in (same, twice) for reduction in ("mean", "sum", "none")]
+    with _alone():
+        wanted = [original(loss, x, y, reduction=reduction) for y, reduction in cases]
+    return difference(wanted, [replacement(loss, x, y, reduction=r) for y, r in cases])
 
 
 # -- PLUME's training ---------------------------------------------------------------------------
@@ -147,6 +185,17 @@ def _plume_loss(original: Callable[..., PlumeLoss]) -> Callable[..., PlumeLoss]:
         return run(qry_reps, pos_reps, valid_mask, float(logit_scale), local_loss)
 
     return _distributed_bidirectional_contrastive_loss
+
+
+def _try_plume_loss(original: Callable[..., Any], replacement: Callable[..., Any]) -> str | None:
+    q, p = _rows(6, 6)
+    valid = torch.tensor([True, False, True, True, False, True])
+    cases: list[dict[str, Any]] = [
+        {"cross_device": False, "local_loss": local} for local in (True, False)
+    ]
+    with _alone():
+        wanted = [original(q, p, valid, 3.0, **options) for options in cases]
+    return difference(wanted, [replacement(q, p, valid, 3.0, **options) for options in cases])
 
 
 def _prepared(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -219,6 +268,7 @@ RECIPES: tuple[Recipe, ...] = (
                 by="ume_kernels.contrastive_loss",
                 reason="no matrix of scores, and a rank without valid pairs no longer leaves the "
                 "others waiting in the backward; the original with return_debug_stats",
+                trial=_try_plume_loss,
             ),
             Target(
                 "_get_backbone_model",
@@ -243,6 +293,7 @@ RECIPES: tuple[Recipe, ...] = (
                 by="ume_kernels.contrastive_loss",
                 reason="no matrix of scores; DistributedContrastiveLoss calls it; the original "
                 "with explicit targets, or fewer targets than queries",
+                trial=_try_simple_loss,
             ),
         ),
         left_alone=(

@@ -24,11 +24,11 @@ __all__ = ["plan", "survey", "unpatch", "unwrap"]
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_AGAIN = "apply again after moving or converting the model"
+_AGAIN = "accelerate again after moving or converting the model"
 _REPAIRED = (
-    "a call on a cache with a mask of ones for the new tokens only means no padding, as under "
-    "flash-attention; the original fails under sdpa and eager (transformers up to 4.52) or "
-    "silently hides most of the cache (4.53 and later)"
+    "concerns only calls on a cache whose mask of ones covers the new tokens alone, as PLUME's do: "
+    "it means no padding, as under flash-attention. The original fails under sdpa and eager "
+    "(transformers up to 4.52) or silently hides most of the cache (4.53 and later)"
 )
 
 
@@ -126,13 +126,18 @@ def survey(
             continue
         if choice.inner and any(name == path or name.startswith(f"{path}.") for name in broken):
             continue  # has a line of its own
-        present = vars(module).get("forward")
-        if isinstance(present, InstanceForward):
+        present = vars(module).get(choice.attribute)
+        if isinstance(present, forwards.NoLogits):
+            told = "accelerated with logits=False before; revert that to have logits"
+            groups.leave(Choice(choice.what, told), path)
+            continue
+        # The head without logits takes the place of a faster head, and gives it back.
+        if isinstance(present, InstanceForward) and choice is not _NO_LOGITS:
             kind = type(present).__name__
             groups.leave(Choice(choice.what, f"already replaced by this package ({kind})"), path)
             continue
         problem = anatomy_room.foreign(module, path)
-        if problem is not None:
+        if problem is not None and not isinstance(present, InstanceForward):
             result.problems.append(problem)
             continue
         groups.add(choice, path, module)
@@ -150,6 +155,7 @@ class Choice:
         forward: class of the replacement; None to leave the module alone.
         by, action: of the entry.
         inner: whether it needs the module's parts to be as expected.
+        attribute: what of the module is replaced.
     """
 
     what: str
@@ -158,6 +164,7 @@ class Choice:
     by: str = ""
     action: Any = "replaced"
     inner: bool = True
+    attribute: str = "forward"
 
 
 def _choices(
@@ -172,6 +179,7 @@ def _choices(
             *((found.visual_path,) if found.visual is not None else ()),
         )
     )
+    yield "", found.root, _REPLICAS
     for path, module in named_parts(found.root):
         names = lineage(module)
         if module is found.text:
@@ -181,6 +189,8 @@ def _choices(
         elif path == "lm_head" and not logits:
             if type(module).__name__ not in ("FullyShardedDataParallel", "OptimizedModule"):
                 yield path, module, _NO_LOGITS
+                yield "", found.root, _NO_LABELS
+                yield "", found.root, _NO_GENERATION
         elif names & anatomy_room.NORMS:
             yield path, module, _norm(module, device)
         elif names & anatomy_room.GATED:
@@ -200,7 +210,7 @@ def _choices(
 
 _OUTER_MASK = Choice(
     "decoders",
-    "the same for the positions that this module derives from the mask",
+    "the same repair for the positions that this module derives from the mask",
     forwards.SuffixMaskForward,
     "the attention mask of flash-attention",
     "repaired",
@@ -208,11 +218,33 @@ _OUTER_MASK = Choice(
 )
 _NO_LOGITS = Choice(
     "language-model head",
-    "logits=False: nobody reads the logits, so they are [B, S, 0]; generate() and a loss over "
-    "labels need them",
+    "logits=False: nobody reads the logits, so they are [B, S, 0]",
     forwards.NoLogits,
     "no product",
     inner=False,
+)
+_NO_LABELS = Choice(
+    "models",
+    "logits=False: a call with labels is an error that says so",
+    forwards.RefuseLabels,
+    "a check",
+    inner=False,
+)
+_NO_GENERATION = Choice(
+    "generation",
+    "logits=False: an error that says so",
+    forwards.RefuseGeneration,
+    "a check",
+    inner=False,
+    attribute="generate",
+)
+_REPLICAS = Choice(
+    "nn.DataParallel",
+    "an error that says so: its replicas would share the forwards of the first; DDP is fine",
+    forwards.RefuseReplicas,
+    "a check",
+    inner=False,
+    attribute="_replicate_for_data_parallel",
 )
 _ATTENTION = Choice(
     "attention modules",
@@ -300,7 +332,7 @@ def _linear(module: nn.Linear, device: torch.device | None) -> Choice:
     if backend is Backend.TORCH:
         return Choice("linear layers", why)
     return Choice(
-        "linear layers", "few rows of bf16 without a gradient; else the original",
+        "linear layers", "few rows without a gradient; else the original",
         forwards.LinearForward, f"ume_kernels.linear ({backend})",
     )  # fmt: skip
 
@@ -385,10 +417,12 @@ class _Groups:
         entries: list[Entry] = []
         for (name, choice), modules in self.done.items():
             target = f"{name} ({len(modules)})" if "*" in name else name
+            if choice.attribute != "forward":
+                target = f"{target}.{choice.attribute}"
             entry = Entry(target, choice.action, choice.by, choice.reason)
             entries.append(entry)
             assert choice.forward is not None
-            changes.extend(Change(m, "forward", choice.forward(m), entry) for m in modules)
+            changes.extend(Change(m, choice.attribute, choice.forward(m), entry) for m in modules)
         for choice, count in self.left.items():
             entries.append(Entry(f"{choice.what} ({count})", "left alone", reason=choice.reason))
         return changes, entries

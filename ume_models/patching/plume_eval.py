@@ -23,7 +23,7 @@ from ume_models.patching.latent_call import (
     LatentCall,
     model_for_original,
 )
-from ume_models.patching.look_ahead import LookAhead, limits
+from ume_models.patching.look_ahead import LookAhead, Snapshot, limits
 from ume_models.patching.recipes import Recipe, Target
 from ume_models.patching.report import Entry
 from ume_models.patching.suffix_mask import RepairedBackbone
@@ -51,7 +51,8 @@ class Chunk:
 
     def serves(self, inputs: Mapping[str, Any]) -> bool:
         """Whether ``inputs`` are those of the sample the loader yielded last."""
-        return bool(self.ahead.coming) and same_sample(self.ahead.coming[0], inputs)
+        coming = self.ahead.coming
+        return bool(coming) and coming[0] is not None and same_sample(coming[0], inputs)
 
     def answer(
         self,
@@ -69,18 +70,19 @@ class Chunk:
             and self._call.same_run(call)
         )
         if not fresh:
-            self._answers = call.answers(engine, coming, normalize)
+            samples = [None if one is None else one.inputs for one in coming]
+            self._answers = call.answers(engine, samples, normalize)
             self._left, self._number = len(coming), self.ahead.chunk
             self._call, self._engine = call, engine
         return self._answers[self._left - len(coming)]
 
 
-def same_sample(expected: Any, given: Mapping[str, Any]) -> bool:
+def same_sample(expected: Snapshot, given: Mapping[str, Any]) -> bool:
     """Whether a call's inputs are what the loader yielded, moved to another device at most."""
-    if not isinstance(expected, Mapping):
-        return False
     for name in PROCESSOR_INPUTS:
-        mine, theirs = expected.get(name), given.get(name)
+        mine, theirs = expected.inputs.get(name), given.get(name)
+        if not expected.untouched(name):
+            return False
         if mine is theirs:
             continue
         if not isinstance(mine, torch.Tensor) or not isinstance(theirs, torch.Tensor):

@@ -1,7 +1,8 @@
 """How the modules of a repository are patched: a table of targets, checked before anything is set.
 
 A recipe names modules, the attributes by which they are recognised, and targets with the
-parameters their originals must have. Everything is verified first; then all of it is replaced.
+parameters their originals must have, and may try on a few numbers whether an original computes
+what its replacement does. Everything is verified first; then all of it is replaced.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+
+from ume_kernels.dispatch import BackendError
 from ume_models.errors import PatchError
 from ume_models.patching.changes import ABSENT, Change
 from ume_models.patching.report import Action, Entry
 
 OURS = "__ume_original__"
 """Attribute of a replacement that holds what it replaced."""
+
+Trial = Callable[[Any, Any], "str | None"]
+
+_ROUNDING = 1e-4
+"""Difference in float32, relative to the largest value, that the order of sums explains."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Target:
         reason: what it does, and when the original still runs.
         action: of the report's entry.
         required: False where only some versions of the repository have it.
+        trial: called with the original and the replacement; what differs, in words, or None. An
+            exception in it is a complaint too.
     """
 
     path: str
@@ -42,6 +53,7 @@ class Target:
     reason: str = ""
     action: Action = "replaced"
     required: bool = True
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +93,11 @@ def plan(
         module: a module the recipe recognises.
         importers: modules of the same repository: where they hold the same function under a name
             of their own, the name is rebound too, as an entry of its own.
-        strict: a target that is missing or looks otherwise is an error.
+        strict: a target that is missing, looks otherwise or computes something else is an error.
 
     Raises:
-        PatchError: a target is missing, has another signature, or was replaced by somebody else.
+        PatchError: a target is missing, has another signature, computes something else, or was
+            replaced by somebody else.
     """
     changes: list[Change] = []
     entries: list[Entry] = []
@@ -104,6 +117,10 @@ def plan(
             entries.append(_missing(name, complaint, strict))
             continue
         replacement = mark(target.make(original), original)
+        complaint = _tried(target.trial, original, replacement)
+        if complaint:
+            entries.append(_missing(name, complaint, strict))
+            continue
         entry = Entry(name, target.action, target.by, target.reason)
         changes.append(Change(owner, leaf, replacement, entry))
         entries.append(entry)
@@ -128,6 +145,60 @@ def mark(replacement: Any, original: Any) -> Any:
     """Make a replacement recognisable as ours."""
     vars(replacement)[OURS] = original
     return replacement
+
+
+def difference(wanted: Any, got: Any) -> str | None:
+    """For a trial: what an original returned against what its replacement did, in words.
+
+    Args:
+        wanted: of the original: a tensor, a number, or tuples, lists and dictionaries of them.
+        got: of the replacement.
+    """
+    if isinstance(wanted, torch.Tensor) and isinstance(got, torch.Tensor):
+        if wanted.shape != got.shape:
+            return f"it returns the shape {list(wanted.shape)}, expected {list(got.shape)}"
+        return _gap(wanted.detach().double(), got.detach().double())
+    if type(wanted) is not type(got):
+        return f"it returns a {type(wanted).__name__}, expected a {type(got).__name__}"
+    if isinstance(wanted, dict):
+        if wanted.keys() != got.keys():
+            return f"it returns ({', '.join(wanted)}), expected ({', '.join(got)})"
+        return difference(list(wanted.values()), [got[key] for key in wanted])
+    if isinstance(wanted, tuple | list):
+        if len(wanted) != len(got):
+            return f"it returns {len(wanted)} values, expected {len(got)}"
+        found = (difference(a, b) for a, b in zip(wanted, got, strict=True))
+        return next((complaint for complaint in found if complaint), None)
+    if isinstance(wanted, int | float):
+        return _gap(*torch.tensor([wanted, got], dtype=torch.float64))
+    return None if wanted == got else f"it returns {wanted!r}, expected {got!r}"
+
+
+def _gap(wanted: torch.Tensor, got: torch.Tensor) -> str | None:
+    if not wanted.numel():
+        return None
+    gap, size = float((wanted - got).abs().max()), float(wanted.abs().max())
+    if gap <= _ROUNDING * max(size, 0.01):  # not so with NaN either
+        return None
+    return f"it computes something else than the version known here (difference {gap:.1e})"
+
+
+def _tried(trial: Trial | None, original: Any, replacement: Any) -> str | None:
+    """The complaint of a trial: run on the CPU, whatever the defaults, and with no trace of it."""
+    if trial is None:
+        return None
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+        ):
+            return trial(original, replacement)
+    except BackendError:
+        return None  # UME_BACKEND insists on one that only a GPU has: nothing to be learnt here
+    except Exception as error:
+        return f"it cannot be tried ({type(error).__name__}: {error})"
 
 
 def _missing(name: str, complaint: str, strict: bool) -> Entry:

@@ -41,6 +41,7 @@ class PatchReport:
         recipe: which recipe was used.
         entries: target by target.
         changes: what ``revert`` takes back.
+        planned: nothing was done: these are the entries of what would be.
     """
 
     def __init__(
@@ -49,12 +50,18 @@ class PatchReport:
         recipe: str,
         entries: Sequence[Entry],
         changes: Sequence[Change] = (),
+        planned: bool = False,
     ) -> None:
         self.subject = subject
         self.recipe = recipe
         self.entries = tuple(entries)
         self.changes = tuple(changes)
-        self.active = bool(changes)
+        self.planned = planned
+
+    @property
+    def active(self) -> bool:
+        """Whether the changes are in force: there are some, and they were not taken back."""
+        return any(change.current() is change.new for change in self.changes)
 
     def _of(self, action: Action) -> list[Entry]:
         return [entry for entry in self.entries if entry.action == action]
@@ -96,8 +103,10 @@ class PatchReport:
         """One line: how many targets were repaired, replaced, left alone, missing."""
         counts = Counter(entry.action for entry in self.entries)
         told = ", ".join(f"{counts[action]} {action}" for action in ACTIONS if counts[action])
-        state = "" if self.active else " (not in force)"
-        return f"{self.subject} ({self.recipe}): {told or 'nothing to do'}{state}"
+        state = "" if self.changes or self.planned else " (nothing was changed)"
+        state = " (reverted)" if self.changes and not self.active else state
+        would = "would have " if self.planned else ""
+        return f"{self.subject} ({self.recipe}): {would}{told or 'nothing to do'}{state}"
 
     def __str__(self) -> str:
         from io import StringIO
@@ -108,7 +117,7 @@ class PatchReport:
         # As wide as its lines need: logs and files have no terminal to fit into.
         console = Console(file=out, width=100, no_color=True, highlight=False, soft_wrap=False)
         console.print(self)
-        return out.getvalue().rstrip("\n")
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
     def __rich__(self) -> Any:
         from rich.console import Group

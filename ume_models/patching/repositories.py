@@ -53,7 +53,9 @@ def describe(target: str | ModuleType) -> tuple[str, str]:
     if isinstance(target, str):
         if target not in NAMES:
             raise PatchError(
-                f"{target!r} is not a repository known here; known are {', '.join(NAMES)}"
+                f"{target!r} is not a repository known here; known are {', '.join(NAMES)}, and "
+                "'transformers'. A checkpoint is loaded first: ume_models.load(path), or with "
+                "transformers, and then the model is passed"
             )
         return target, target
     fitting = _fitting(target)
@@ -145,8 +147,12 @@ def module_loaded(module: ModuleType) -> None:
     Raises:
         PatchError: it is recognised, but a target is not as expected (unless lenient).
     """
-    pairs = [(recipe, module) for recipe in (*_fitting(module), *_triggers(module))]
-    _apply_automatically(module.__name__, pairs)
+    if hook.mode() == "off":
+        return
+    for recipe in _triggers(module):  # bookkeeping: they change no number, so no report has them
+        planned, _ = recipes.plan(recipe, module, strict=False)
+        changes.commit(planned)
+    _apply_automatically(module.__name__, [(recipe, module) for recipe in _fitting(module)])
 
 
 def patch_script() -> None:
@@ -173,11 +179,16 @@ def _announce(report: PatchReport) -> None:
     """Say on standard error what was done, and keep it where UME_ACCELERATE_REPORT says."""
     if os.environ.get("RANK", "0") != "0":
         return
-    print(f"ume: {report.summary()}", file=sys.stderr, flush=True)
+    print(f"ume: {report.summary()}", file=sys.stderr)
+    for entry in report.missing:
+        print(f"ume: missing: {entry.target}: {entry.reason}", file=sys.stderr)
     path = os.environ.get("UME_ACCELERATE_REPORT")
     if path:
         body = ",\n".join(one.to_json() for one in _reports)
-        write_atomically(Path(path), f"[{body}]\n".encode())
+        try:
+            write_atomically(Path(path), f"[{body}]\n".encode())
+        except OSError as error:  # a report must not end the run it reports on
+            print(f"ume: UME_ACCELERATE_REPORT: not written: {error}", file=sys.stderr)
 
 
 _TRIGGERS = (

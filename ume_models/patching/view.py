@@ -69,7 +69,7 @@ def survey(model: nn.Module) -> Survey:
     """Look at every module below ``model`` once; a millisecond or two for 700 of them."""
     identity: list[Any] = []
     values: list[int] = []
-    obstacle: str | None = None
+    obstacle = _everywhere()
     seen: set[int] = set()
     queue = [model]
     while queue:
@@ -86,9 +86,26 @@ def survey(model: nn.Module) -> Survey:
                 seen.add(id(child))
                 identity.append(id(child))
                 queue.append(child)
+        identity.append(type(module).forward)
+        identity += [own[name] for name in _SETTINGS if name in own]
+        identity.append(bool(own.get("merged_adapters")))  # PEFT merges through .data
         if obstacle is None:
             obstacle = _obstacle(module, own)
     return Survey(tuple(identity), hash(tuple(values)), obstacle)
+
+
+_SETTINGS = (
+    "variance_epsilon", "eps", "scaling", "is_causal", "top_k", "approximate", "_disable_adapters",
+)  # fmt: skip
+"""Attributes of modules that change what they compute."""
+
+
+def _everywhere() -> str | None:
+    """Why no module's parameters say all of what it computes."""
+    torch_modules: Any = nn.modules.module
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        return "a forward hook for all modules (register_module_forward_hook) would not be called"
+    return None
 
 
 def _plain(tensor: torch.Tensor) -> bool:
@@ -138,6 +155,9 @@ def make_view(model: nn.Module) -> View:
     with torch.device("meta"):
         ours = _TextView(config)
         tower = _VisionView(config.vision)
+    _check_classes(root, text, visual)
+    _check_decoder(text, config)
+    _check_tower(visual, config)
     _share(ours, text, config, "decoder")
     _share(tower, visual, config, "vision tower")
     ours.frequencies = _frequencies(text, config.head_dim // 2)
@@ -194,6 +214,54 @@ def configuration(root: nn.Module) -> BackboneConfig:
         return parse_config(to_dict(), "the model's configuration")
     except UmeError as error:
         raise NoViewError(str(error)) from None
+
+
+def _check_classes(root: nn.Module, *towers: nn.Module) -> None:
+    """Every module's forward must be the model's own class's, PyTorch's or transformers'."""
+    home = type(root).forward.__module__
+    for tower in towers:
+        for name, module in tower.named_modules():
+            origin = getattr(type(module).forward, "__module__", None) or ""
+            package = origin.split(".")[0]
+            if origin != home and package not in ("torch", "transformers", "peft", "ume_models"):
+                raise NoViewError(f"{name}: a {type(module).__name__} with a forward of {origin}")
+
+
+_ACTIVATIONS = {
+    "silu": ("SiLU", "SiLUActivation"),
+    "quick_gelu": ("QuickGELUActivation", "QuickGELU"),
+    "gelu": ("GELU", "GELUActivation"),
+}
+
+
+def _check_activation(module: Any, expected: str, where: str) -> None:
+    kind = type(module).__name__
+    tanh = getattr(module, "approximate", "none") != "none"
+    if kind not in _ACTIVATIONS[expected] or tanh:
+        raise NoViewError(f"{where} is a {kind}, not {expected}")
+
+
+def _check_decoder(text: nn.Module, config: BackboneConfig) -> None:
+    """What attention and MLP of the decoder do beside their projections."""
+    for number, layer in enumerate(text._modules["layers"].children()):  # type: ignore[union-attr]
+        attention, where = part(layer, "self_attn"), f"decoder.layers.{number}"
+        _check_activation(part(layer, "mlp.act_fn"), "silu", f"{where}.mlp.act_fn")
+        if not getattr(attention, "is_causal", True):
+            raise NoViewError(f"{where}.self_attn is not causal")
+        scaling = getattr(attention, "scaling", config.head_dim**-0.5)
+        if abs(scaling - config.head_dim**-0.5) > 1e-6:
+            raise NoViewError(f"{where}.self_attn scales by {scaling}")
+
+
+def _check_tower(visual: nn.Module, config: BackboneConfig) -> None:
+    """The activations of the vision tower."""
+    for number, block in enumerate(visual._modules["blocks"].children()):  # type: ignore[union-attr]
+        mlp: Any = part(block, "mlp")
+        found = getattr(mlp, "act_fn", None) or getattr(mlp, "act", None)
+        _check_activation(found, config.vision.hidden_act, f"vision tower.blocks.{number}.mlp")
+    merger: Any = part(visual, "merger.mlp")
+    if isinstance(merger, nn.Sequential):
+        _check_activation(merger[1], "gelu", "vision tower.merger.mlp.1")
 
 
 def _share(ours: nn.Module, theirs: nn.Module, config: BackboneConfig, what: str) -> None:
@@ -339,25 +407,22 @@ class _AdapterView(MoETransition):
     """The adapter with its experts stacked once for the kernels that want them so.
 
     ``pack_experts`` would move the user's parameters into one storage; a copy leaves them where
-    they are. It is renewed in place when they change, which recorded graphs then read.
+    they are. It is renewed for every batch, in place, where recorded graphs read it: not every
+    write to a parameter can be noticed.
     """
 
     _stack: MoEWeights | None = None
-    _stamp: tuple[int, ...] = ()
 
     def weights(self) -> MoEWeights:
         weights = super().weights()
         if not weights.ln_weight.is_cuda:
             return weights
         fields = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-        parts = {name: getattr(weights, name) for name in fields}
-        stamp = tuple(v for ps in parts.values() for p in ps for v in (p.data_ptr(), p._version))
-        if self._stack is None or stamp != self._stamp:
-            stacked: dict[str, Any] = {name: stack_experts(ps) for name, ps in parts.items()}
-            if self._stack is not None:
-                for name in fields:
-                    stacked[name] = getattr(self._stack, name).copy_(stacked[name])
-            self._stack, self._stamp = replace(weights, **stacked), stamp
+        stacked: dict[str, Any] = {n: stack_experts(getattr(weights, n)) for n in fields}
+        if self._stack is not None:
+            for name in fields:
+                stacked[name] = getattr(self._stack, name).copy_(stacked[name])
+        self._stack = replace(weights, **stacked)
         return self._stack
 
 

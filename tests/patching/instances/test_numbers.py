@@ -178,17 +178,18 @@ def test_checkpoints_fit_both_ways(build, inputs, tmp_path):
         )
 
 
-def test_bfloat16_products_without_gradients_are_native(build, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_without_gradients_are_native(build, monkeypatch, dtype):
     from ume_kernels.dispatch import Backend, explain
     from ume_models.patching import forwards
 
-    x = torch.empty(1, 8, dtype=torch.bfloat16)
+    x = torch.empty(1, 8, dtype=dtype)
     if explain("linear", x, x.expand(8, 8).clone(), None).backend is not Backend.NATIVE:
         pytest.skip("the native kernel is not built here")
     calls = []
     kept = forwards.linear
     monkeypatch.setattr(forwards, "linear", lambda *a: calls.append(a[0]) or kept(*a))
-    model = build(dtype=torch.bfloat16)
+    model = build(dtype=dtype)
     report = apply(model)
     targets = {e.target for e in report.replaced if "linear" in e.by}
     assert any(t.endswith("layers.*.mlp.gate_proj (2)") for t in targets)
@@ -197,7 +198,7 @@ def test_bfloat16_products_without_gradients_are_native(build, monkeypatch):
         model(input_ids=torch.arange(3, 7)[None])
     assert len(calls) == 15
     with torch.autocast("cpu", torch.float16), torch.no_grad():
-        assert model.lm_head(torch.zeros(1, 32, dtype=torch.bfloat16)).dtype is torch.float16
+        assert model.lm_head(torch.zeros(1, 32, dtype=dtype)).dtype is torch.float16
     assert len(calls) == 15
 
 

@@ -20,7 +20,7 @@ ORDERS = pytest.mark.parametrize("first", ["patch", "wrap"])
 
 
 def patched(model):
-    return [m for m in model.modules() if isinstance(vars(m).get("forward"), InstanceForward)]
+    return [m for m in model.modules() for v in vars(m).values() if isinstance(v, InstanceForward)]
 
 
 def logits(model):
