@@ -71,7 +71,8 @@ def test_vision_parameters_and_operations(config: BackboneConfig) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_adapter_operations(rows: int) -> None:
+def test_adapter_operations(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UME_BACKEND", "linear:torch")  # what is native is not counted
     torch.manual_seed(0)
     module = MoETransition(32).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
