@@ -26,7 +26,9 @@ import yaml
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.machine import describe
 from benchmarks.shaped import TEMPLATE, shaped_model, text_items
+from ume_models.atomic import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tests" / "patching" / "standins" / "plume" / "VLM2Vec" / "eval_twomode.py"
@@ -149,6 +151,7 @@ def main() -> None:
     parser.add_argument("shape", choices=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--checkpoint", type=Path, help="keep the random weights here")
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch)
@@ -165,6 +168,12 @@ def main() -> None:
     for mode, seconds in best.items():
         ratio = best["as it is"] / seconds
         print(f"{options.shape}, {mode}: {seconds / samples:.4f} s per sample, {ratio:.2f}x")
+    if options.json is not None:
+        known = json.loads(options.json.read_text()) if options.json.exists() else []
+        figures = {mode: round(seconds / samples, 4) for mode, seconds in best.items()}
+        about = {"shape": options.shape, "dtype": DTYPES[options.shape], "samples": samples}
+        known.append({**describe(), **about, "seconds_per_sample": figures})
+        write_atomically(options.json, (json.dumps(known, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
