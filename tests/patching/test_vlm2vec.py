@@ -530,8 +530,8 @@ def test_transformers_own_encoder(attention, left, repository, paths):
         other_loss, other_grads = gradients(model, x, x)
     assert relative(other_loss, loss) <= 1e-5
     assert grads.keys() == other_grads.keys()
-    for name, value in grads.items():
-        assert relative(other_grads[name], value) <= 1e-5, name
+    for name, value in grads.items():  # of 1e-10 where the loss is nearly zero
+        assert relative(other_grads[name], value) <= 1e-4, name
     assert paths[2:] == ["_without_head"] * 2
 
 
