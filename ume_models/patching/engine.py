@@ -80,8 +80,8 @@ class Engine:
         """Hidden states ``[B, D]`` of one token per row, by its index; negative from the end."""
         batch = [self._prompt(row) for row in rows]
         at = [t if t >= 0 else len(p) + t for p, t in zip(batch, tokens, strict=True)]
-        with _plain_mode(self.device), _learning(self._rollout(False), batch) as rollout:
-            return rollout.hidden_at(batch, at)
+        with _plain_mode(self.device):
+            return self._prepared(False, batch).hidden_at(batch, at)
 
     def rollout(
         self,
@@ -103,8 +103,8 @@ class Engine:
             Hidden states ``[B, D]`` at the last suffix token, not normalised, and the trace.
         """
         batch = [self._prompt(row) for row in rows]
-        with _plain_mode(self.device), _learning(self._rollout(adapter), batch) as rollout:
-            return rollout.run(batch, plan, trace)
+        with _plain_mode(self.device):
+            return self._prepared(adapter, batch).run(batch, plan, trace)
 
     def release(self) -> None:
         """Free what was allocated for batches; the next one allocates again."""
@@ -116,6 +116,13 @@ class Engine:
     def _prompt(self, row: Row | Prompt) -> Prompt:
         return row if isinstance(row, Prompt) else self.prompt(row)
 
+    def _prepared(self, with_adapter: bool, batch: Sequence[Prompt]) -> LatentRollout:
+        # Headers of this batch alone. Kept, they could outlive the weights they were computed
+        # with: fused optimizers and whatever writes through .data change weights without a trace.
+        rollout = self._rollout(with_adapter)
+        rollout.headers = LearntHeaders(self.config, batch)
+        return rollout
+
     def _rollout(self, with_adapter: bool) -> LatentRollout:
         adapter = self.view.adapter if with_adapter else None
         key = adapter is not None
@@ -123,14 +130,6 @@ class Engine:
             view = self.view
             self._rollouts[key] = LatentRollout(view.config, view.text, view.visual, adapter)
         return self._rollouts[key]
-
-
-@contextmanager
-def _learning(rollout: LatentRollout, batch: Sequence[Prompt]) -> Any:
-    # Headers of this batch alone. Kept, they could outlive the weights they were computed with:
-    # fused optimizers and whatever writes through .data change weights without a trace.
-    rollout.headers = LearntHeaders(rollout.config, batch)
-    yield rollout
 
 
 @contextmanager

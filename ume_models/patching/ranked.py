@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ class RankedRows:
         self._kept: tuple[int, np.ndarray] | None = None
 
     def __iter__(self) -> Iterator[Row]:
-        with _sorter(self) as sorter, ThreadPoolExecutor(1, "ume-ranking") as ahead:
+        with closing(_sorter(self)) as sorter, ThreadPoolExecutor(1, "ume-ranking") as ahead:
 
             def begin(start: int) -> Future[np.ndarray]:
                 return ahead.submit(sorter.order, self.queries[start : start + self.rows_per_block])
@@ -72,7 +72,7 @@ class RankedRows:
         """Row ``0 <= index < Q``; its block is kept until another one is needed."""
         start = index - index % self.rows_per_block
         if self._kept is None or self._kept[0] != start:
-            with _sorter(self) as sorter:
+            with closing(_sorter(self)) as sorter:
                 block = sorter.order(self.queries[start : start + self.rows_per_block])
             self._kept = start, block
         return self._kept[1][index - start].view(Row)
@@ -100,15 +100,7 @@ class _OnCpu:
         list(self.threads.map(_order_row, scores, out))
         return out
 
-    def __enter__(self) -> _OnCpu:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.threads.shutdown()
 
 
@@ -144,15 +136,7 @@ class _OnCuda:
             order: np.ndarray = torch.sort(negated, dim=1, stable=True).indices.cpu().numpy()
             return order
 
-    def __enter__(self) -> _OnCuda:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         del self.candidates
 
 
