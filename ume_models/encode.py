@@ -6,11 +6,12 @@ items → plan (tokens and sizes, cheap) → duplicates once → sorted by lengt
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,6 +172,28 @@ def encode_detailed(
         else:
             errors.append(ItemError(error.reason, plan.index, plan.id))
     return EncodeOutput(embeddings, [plan.id for plan in plans], errors, stats)
+
+
+def encoding_settings(
+    model: PlumeForEmbedding, mode: str = "gen", batch_tokens: int | None = None
+) -> dict[str, Any]:
+    """Everything beside weights and items that determines embeddings; JSON-serialisable.
+
+    What is stored or cached is comparable where these and the model's fingerprint agree.
+    """
+    processor = model.processor
+    settings = {
+        **model.config_summary,
+        "device": model.device.type,
+        "mode": mode,
+        "batch_tokens": batch_tokens,
+        "multi_image": processor.multi_image,
+        "text_only_image": processor.text_only_image,
+        "empty": processor.empty,
+        "images": asdict(processor.config),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
 
 
 def _extra_tokens(model: PlumeForEmbedding, mode: Mode, latent_steps: int | None) -> int:

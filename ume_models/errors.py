@@ -19,6 +19,10 @@ class StoreError(UmeError):
     """An embedding store on disk is incomplete or was written with other settings."""
 
 
+class DataError(UmeError):
+    """Benchmark data are missing, unreadable, or not in the layout their task is published in."""
+
+
 class PatchError(UmeError):
     """A model or a repository cannot be patched as asked; nothing was changed."""
 

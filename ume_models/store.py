@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -101,6 +101,10 @@ class Manifest:
         if value["num_items"] < 1 or value["shard_size"] < 1 or value["hidden_size"] < 1:
             raise StoreError(f"{source}: num_items, shard_size and hidden_size must be positive")
         return cls(**{name: value[name] for name in types})
+
+    def of_items(self, items_digest: str, num_items: int, shard_size: int) -> Manifest:
+        """The same model and settings for other items."""
+        return replace(self, items_digest=items_digest, num_items=num_items, shard_size=shard_size)
 
     def differences(self, other: Manifest) -> list[str]:
         """One line for each setting in which ``other`` is not what this store holds."""
@@ -232,7 +236,7 @@ class EmbeddingStore:
             directory.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise StoreError(f"{directory} is a file: give the name of a folder") from None
-        store = cls(directory, manifest, _lock_folder(directory))
+        store = cls(directory, manifest, lock_folder(directory))
         try:
             store._prepare(overwrite)
         except BaseException:
@@ -255,13 +259,28 @@ class EmbeddingStore:
             )
         store = cls(directory, _read_manifest(directory))
         # The numbers themselves are checked as they are read, so that they are read only once.
-        missing = [n for n in range(store.num_shards) if store._listing(n) is None]
+        missing = [n for n in range(store.num_shards) if not store.has(n)]
         if missing:
             raise StoreError(
                 f"{directory} is not finished: {len(missing)} of {store.num_shards} shards are "
-                "missing or damaged; run the same `ume embed` command again, it goes on from there"
+                "missing or damaged; run the same command again, it goes on from there"
             )
         return store
+
+    @classmethod
+    def attach(cls, directory: str | Path) -> EmbeddingStore:
+        """Open a store that was begun, finished or not, beside the process that holds it.
+
+        Several processes may write different shards of one store this way; the one that ``begin``
+        gave it to keeps others out.
+
+        Raises:
+            StoreError: there is none, or its manifest is damaged.
+        """
+        directory = Path(directory)
+        if not (directory / _MANIFEST).is_file():
+            raise StoreError(f"{directory} has no {_MANIFEST}: it is not an embedding store")
+        return cls(directory, _read_manifest(directory))
 
     @property
     def num_shards(self) -> int:
@@ -279,6 +298,10 @@ class EmbeddingStore:
         Every byte of the shards is read.
         """
         return [shard for shard in range(self.num_shards) if self._load(shard) is None]
+
+    def has(self, shard: int) -> bool:
+        """Whether the files of a shard are there and fit together; the numbers are not read."""
+        return self._listing(shard) is not None
 
     def write(self, shard: int, content: Shard) -> None:
         """Write one shard; when this returns, it survives a crash.
@@ -313,7 +336,7 @@ class EmbeddingStore:
         content = self._load(shard)
         if content is None:
             raise StoreError(
-                f"{path} is missing or damaged; run the same `ume embed` command again, "
+                f"{path} is missing or damaged; run the same command again, "
                 "it makes this shard anew"
             )
         return content
@@ -461,7 +484,7 @@ def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode(errors="surrogatepass")
 
 
-def _lock_folder(directory: Path) -> int | None:
+def lock_folder(directory: Path) -> int | None:
     """Hold the folder for this process; released by the system when it ends, however it ends.
 
     Raises:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +34,7 @@ class EncodingOptions:
         context: what the router sees beside the latent state.
         multi_image: what to do with several images: "all", "first", or None to refuse.
         batch_tokens: tokens per batch, None for the default.
+        disc_offset: token read with mode "disc", see ``PlumeSettings``.
     """
 
     model: str = BUNDLED
@@ -46,6 +46,7 @@ class EncodingOptions:
     context: str = "disc"
     multi_image: str | None = None
     batch_tokens: int | None = None
+    disc_offset: int = 0
 
     @classmethod
     def recorded(cls, manifest: Manifest, device: str) -> EncodingOptions:
@@ -83,6 +84,7 @@ def load_model(options: EncodingOptions) -> Any:
         "context": options.context,
         "engine": options.engine,
         "multi_image": options.multi_image,
+        "disc_offset": options.disc_offset,
     }
     if options.latent_steps is not None:
         chosen["latent_steps"] = options.latent_steps
@@ -101,23 +103,12 @@ def describe_run(
     shard_size: int,
 ) -> Manifest:
     """The manifest of embedding ``items`` with a loaded model into the folder ``output``."""
-    processor = model.processor
-    encoding = {
-        **model.config_summary,
-        "device": torch.device(model.device).type,
-        "mode": options.mode,
-        "batch_tokens": options.batch_tokens,
-        "multi_image": options.multi_image,
-        "text_only_image": processor.text_only_image,
-        "empty": processor.empty,
-        "images": asdict(processor.config),
-    }
     return Manifest(
         package_version=ume_models.__version__,
         model=_lasting_name(options.model),
         fingerprint=model.fingerprint,
         hidden_size=model.hidden_size,
-        encoding=json.loads(json.dumps(encoding)),
+        encoding=encode.encoding_settings(model, options.mode, options.batch_tokens),
         items_digest=items.digest,
         num_items=len(items),
         shard_size=shard_size,

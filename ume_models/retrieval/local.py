@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ume_models.retrieval.protocol import Index
+from ume_models.retrieval.protocol import Index, SearchResult
 
 
-def local_rankings(
-    index: Index, queries: torch.Tensor, candidates: Sequence[Sequence[str]]
-) -> list[list[str]]:
-    """Every list in the order of its inner products with its query, best first.
+def local_search(
+    index: Index, queries: torch.Tensor, candidates: Sequence[Sequence[str]], top: int
+) -> SearchResult:
+    """The best candidates of every query's own list.
 
     One search for all queries. Equal scores keep the order of the index; an id that a list names
     twice is ranked once.
@@ -21,10 +21,21 @@ def local_rankings(
         index: what holds the candidates.
         queries: ``[Q, D]``.
         candidates: Q lists of ids of the index; any may be empty.
+        top: results per query, at most.
 
     Raises:
         ValueError: as ``ExactIndex.search``.
     """
     longest = max((len(set(ids)) for ids in candidates), default=0)
-    k = max(1, min(longest, len(index)))
-    return index.search(queries, k, candidates=candidates).ids
+    k = max(1, min(longest, len(index), top))
+    return index.search(queries, k, candidates=candidates)
+
+
+def local_rankings(
+    index: Index, queries: torch.Tensor, candidates: Sequence[Sequence[str]]
+) -> list[list[str]]:
+    """Every list in the order of its inner products with its query, best first.
+
+    Arguments and errors as ``local_search``; lists are ranked completely.
+    """
+    return local_search(index, queries, candidates, len(index)).ids
