@@ -40,6 +40,8 @@ KNOW_TRANSFORMERS = (
     "ume_models.interfaces",
     "ume_models.patching.plug_points",
 )
+# Opens what the official evaluation pickled, with a reader that knows arrays only.
+READS_ARRAYS = "ume_models.mmeb.stored"
 SOURCES = sorted([*(ROOT / "ume_kernels").rglob("*.py"), *(ROOT / "ume_models").rglob("*.py")])
 
 
@@ -118,7 +120,8 @@ def test_third_party_knowledge_stays_home(path: Path) -> None:
         where = f"{path}:{line}"
         if top == "transformers":
             assert own.startswith(KNOW_TRANSFORMERS), f"{where}: not the place"
-        assert top not in ("pickle", "dill", "joblib", "shelve"), f"{where}: no pickle"
+        if own != READS_ARRAYS:
+            assert top not in ("pickle", "dill", "joblib", "shelve"), f"{where}: no pickle"
     source = path.read_text(encoding="utf-8")
     assert not re.search(r"\btorch\.load\(", source), f"{path}: no pickle: torch.load"
 

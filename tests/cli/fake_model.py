@@ -36,13 +36,18 @@ class FakeModel:
     hidden_size: int = DIM
     latent_steps: int = 8
     fingerprint: str = "f" * 32
-    device: str = "cpu"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def processor(self) -> SimpleNamespace:
-        return SimpleNamespace(text_only_image=True, empty="error", config=ImageConfig())
+        return SimpleNamespace(
+            text_only_image=True,
+            empty="error",
+            multi_image=self.options.get("multi_image"),
+            config=ImageConfig(),
+        )
 
     @property
     def config_summary(self) -> dict[str, Any]:

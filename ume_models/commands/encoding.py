@@ -67,6 +67,7 @@ class EncodingOptions:
                 context=settings["context"],
                 multi_image=settings["multi_image"],
                 batch_tokens=settings["batch_tokens"],
+                disc_offset=settings.get("disc_offset", 0),
             )
         except KeyError as error:
             raise UmeError(f"the manifest of the index lacks the setting {error}") from None
@@ -84,8 +85,9 @@ def load_model(options: EncodingOptions) -> Any:
         "context": options.context,
         "engine": options.engine,
         "multi_image": options.multi_image,
-        "disc_offset": options.disc_offset,
     }
+    if options.disc_offset:
+        chosen["disc_offset"] = options.disc_offset
     if options.latent_steps is not None:
         chosen["latent_steps"] = options.latent_steps
     try:

@@ -86,13 +86,14 @@ class ItemProgress:
         self._told_at = now
         spent = now - self._clock
         left = spent / (self._done - self._begun_at) * (self._total - self._done)
-        text = f"{self._done} of {self._total} items, {_duration(spent)} spent"
+        text = f"{self._done} of {self._total} items, {duration(spent)} spent"
         if left:
-            text += f", about {_duration(left)} left"
+            text += f", about {duration(left)} left"
         print(text, file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,126 +1,27 @@
-"""The ``ume`` command: names, options and help. What a command does is in ``commands``.
-
-Nothing heavy is imported here, so that ``ume --help`` answers at once.
-"""
+"""Commands about items of one's own: demo, embed, search, doctor."""
 
 from __future__ import annotations
 
-import os
-import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
 
-app = typer.Typer(
-    name="ume",
-    help="Embed text, images, video and pages with a reasoning embedder, and search them.",
-    epilog="Begin with: ume demo.  Help of a command: ume embed --help.  "
-    "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but items were skipped, "
-    "130 interrupted.  UME_DEBUG=1 shows the traceback of a failure.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+from ume_models.cli.options import (
+    Context,
+    DemoEngine,
+    DeviceOption,
+    DType,
+    Engine,
+    HtmlOption,
+    IndexType,
+    Mode,
+    MultiImage,
+    OnError,
+    WorkersOption,
 )
 
 
-class Engine(str, Enum):
-    """Which implementation embeds."""
-
-    FAST = "fast"
-    REFERENCE = "reference"
-
-
-class DemoEngine(str, Enum):
-    """Which implementations the demo runs."""
-
-    BOTH = "both"
-    FAST = "fast"
-    REFERENCE = "reference"
-
-
-class Mode(str, Enum):
-    """Which hidden state is the embedding."""
-
-    GEN = "gen"
-    DISC = "disc"
-    LAST = "last"
-
-
-class Context(str, Enum):
-    """What the router sees beside the latent state."""
-
-    DISC = "disc"
-    PREFIX_LAST = "prefix_last"
-    NONE = "none"
-
-
-class DType(str, Enum):
-    """Number format of weights and activations."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class OnError(str, Enum):
-    """What an unusable item does."""
-
-    STOP = "stop"
-    SKIP = "skip"
-
-
-class MultiImage(str, Enum):
-    """Which images of an item count."""
-
-    ALL = "all"
-    FIRST = "first"
-
-
-class IndexType(str, Enum):
-    """Which index searches."""
-
-    EXACT = "exact"
-    FAISS = "faiss"
-
-
-DeviceOption = Annotated[
-    str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, …", metavar="DEVICE")
-]
-WorkersOption = Annotated[
-    int, typer.Option(min=0, help="Threads that read and decode media ahead of the model.")
-]
-HtmlOption = Annotated[
-    Optional[Path],  # noqa: UP045 - evaluated at run time
-    typer.Option("--html", help="Write a page with pictures of the results.", metavar="FILE"),
-]
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        import ume_models
-
-        print(f"ume {ume_models.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
 def demo(
     html: Annotated[
         Path, typer.Option("--html", help="Where to write the gallery.", metavar="FILE")
@@ -150,7 +51,6 @@ def demo(
     command.run(html=html, model=model, queries=queries, engine=engine.value)
 
 
-@app.command()
 def embed(
     items: Annotated[
         Path,
@@ -259,7 +159,6 @@ def embed(
     )
 
 
-@app.command()
 def search(
     index: Annotated[
         Path, typer.Option("--index", metavar="DIR", help="Folder written by `ume embed`.")
@@ -313,7 +212,6 @@ def search(
     )
 
 
-@app.command()
 def doctor(
     model: Annotated[
         Optional[str],  # noqa: UP045
@@ -346,23 +244,3 @@ def doctor(
     from ume_models.commands import doctor as command
 
     command.run(as_json)
-
-
-def main() -> None:
-    """Entry point of the ``ume`` command."""
-    _make_output_safe()
-    app(prog_name="ume")
-
-
-def _make_output_safe() -> None:
-    """Let no output fail for its characters, or because stdout or stderr were closed."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - kept open
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-if __name__ == "__main__":
-    main()

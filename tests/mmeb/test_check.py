@@ -1,0 +1,255 @@
+"""Checking a data root: a good one has no problems, and every kind of damage is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ume_models.mmeb.benchmarks import benchmark
+from ume_models.mmeb.check import Problem, check
+from ume_models.mmeb.dataset import Labels, ReadOptions
+from ume_models.mmeb.miniature import write_miniature
+from ume_models.mmeb.readers import read_task
+from ume_models.mmeb.tasks import Task
+
+TASKS = {(task.benchmark, task.name): task
+         for name in ("M-BEIR", "MMEB-v1", "MMEB-v2") for task in benchmark(name)}  # fmt: skip
+CIRR, PAGES = TASKS["MMEB-v2", "CIRR"], TASKS["MMEB-v2", "ViDoRe_docvqa"]
+CLIPS, COMPOSED = TASKS["MMEB-v2", "MSR-VTT"], TASKS["M-BEIR", "cirr_task7"]
+# What of the miniature these tasks need.
+FOLDERS = (
+    "image-tasks/CIRR", "image-tasks/MMEB/CIRR", "video-tasks/MSR-VTT", "M-BEIR",
+    "video-tasks/frames/video_ret/MSR-VTT", "visdoc-tasks/docvqa_test_subsampled_beir",
+    "visdoc-tasks/ViDoRe_docvqa", "visdoc-tasks/visdoc-tasks/ViDoRe_docvqa",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("miniature")
+    write_miniature(root, tables="jsonl")
+    return root
+
+
+@pytest.fixture
+def root(miniature: Path, tmp_path: Path) -> Path:
+    """A copy of a few tasks that may be damaged."""
+    for folder in FOLDERS:
+        if (miniature / folder).exists():
+            shutil.copytree(miniature / folder, tmp_path / folder)
+    return tmp_path
+
+
+def only(task: Task, root: Path) -> Problem:
+    """The only problem of a task."""
+    problems = check([task], root)
+    assert len(problems) == 1, [str(problem) for problem in problems]
+    assert problems[0].task == task.name
+    return problems[0]
+
+
+def picture(root: Path, number: int = 0) -> Path:
+    """A picture that the first task uses."""
+    data = read_task(CIRR, root, ReadOptions())
+    return Path(str(data.candidates.item(number).images[0]))
+
+
+@pytest.mark.parametrize("labels", ["fixed", "legacy"])
+def test_the_miniature_has_no_problems(labels: Labels, miniature: Path) -> None:
+    tasks = [task for (kind, name), task in TASKS.items()
+             if kind != "M-BEIR" or name in ("cirr_task7", "fashioniq_task7")]  # fmt: skip
+    steps: list[tuple[int, int]] = []
+    found = check(tasks, miniature, ReadOptions(labels=labels),
+                  progress=lambda done, total: steps.append((done, total)))  # fmt: skip
+    assert found == []
+    total = steps[0][1]
+    assert steps == [(n, total) for n in range(1, total + 1)]
+    assert total > 2000
+
+
+def test_missing_tables_stop_one_task_only(root: Path) -> None:
+    shutil.rmtree(root / "image-tasks/CIRR")
+    problems = check([CIRR, CLIPS], root)
+    assert [problem.task for problem in problems] == ["CIRR"]
+    assert problems[0].severity == "error"
+    assert "there are no tables" in problems[0].what
+    assert str(root / "image-tasks") in problems[0].what
+
+
+def test_a_table_in_another_layout_is_named(root: Path) -> None:
+    file = root / "image-tasks/CIRR/test.jsonl"
+    file.write_text('{"query": "a"}\n', encoding="utf-8")
+    problem = only(CIRR, root)
+    assert str(file) in problem.what and "no column 'qry_inst'" in problem.what
+
+
+def test_missing_pictures_are_counted_and_the_first_ones_named(root: Path) -> None:
+    lost = [picture(root, number) for number in range(5)]
+    for path in lost:
+        path.unlink()
+    problem = only(CIRR, root)
+    assert problem.severity == "error"
+    assert problem.what.startswith("5 of ") and problem.what.endswith("files are missing")
+    # Queries come first and name none of them, so candidates are met in their order.
+    assert problem.where == f"{', '.join(map(str, lost[:3]))} and 2 more"
+    assert "unpack" in problem.remedy
+    assert str(problem).startswith("error: CIRR: 5 of ")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def cut_jpeg(path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((96, 96), 60).save(buffer, "JPEG")
+    path.write_bytes(buffer.getvalue()[:-400])
+
+
+def narrow(path: Path) -> None:
+    Image.new("RGB", (1000, 2)).save(path)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.write_bytes(b""), "it is empty (0 bytes)"),
+        (lambda path: path.write_text("<html>not found</html>"), "it is not a picture"),
+        (cut, "is truncated"),
+        (cut_jpeg, "is truncated"),
+        (narrow, "1000x2"),
+        (a_folder, "directory"),
+    ],
+)
+def test_damaged_pictures_are_named_with_the_reason(
+    damage: Callable[[Path], object], reason: str, root: Path
+) -> None:
+    path = picture(root, 4)
+    damage(path)
+    problem = only(CIRR, root)
+    assert problem.what.startswith("1 of ") and "cannot be read" in problem.what
+    assert problem.where.startswith(f"{path} (")
+    assert reason.lower() in problem.where.lower()
+
+
+def test_pictures_that_end_oddly_but_decode_are_good(root: Path) -> None:
+    path = picture(root)
+    path.write_bytes(path.read_bytes() + b"\n\n")
+    assert check([CIRR], root) == []
+
+
+def test_damage_in_the_middle_is_found_where_items_are_sampled(root: Path) -> None:
+    """All are, in a task as small as this."""
+    path = picture(root)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"IDAT") + 12
+    data[at : at + 40] = bytes(40)
+    path.write_bytes(data)
+    assert str(path) in only(CIRR, root).where
+
+
+def test_videos_without_frames_are_named(root: Path) -> None:
+    folder = root / "video-tasks/frames/video_ret/MSR-VTT/frames/video7012"
+    for frame in folder.iterdir():
+        frame.unlink()
+    problem = only(CLIPS, root)
+    assert problem.what == "the frames of 1 of 10 videos are missing"
+    assert problem.where == str(folder)
+    assert "ffmpeg" in problem.remedy
+    shutil.rmtree(folder)
+    assert only(CLIPS, root) == problem
+
+
+def test_unreadable_frames_are_named(root: Path) -> None:
+    frame = root / "video-tasks/frames/video_ret/MSR-VTT/frames/video7012/frame_9.png"
+    cut(frame)
+    assert only(CLIPS, root).where.startswith(f"{frame} (")
+
+
+def rows(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def rewrite(file: Path, lines: Sequence[object]) -> None:
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    file.write_text(text, encoding="utf-8")
+
+
+def test_labels_that_are_not_candidates_are_named(root: Path) -> None:
+    file = root / "M-BEIR/qrels/test/mbeir_cirr_task7_test_qrels.txt"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    query = lines[2].split()[0]
+    rewrite(file, [*lines[:2], f"{query} 0 8:404 1 7", *lines[3:]])
+    problem = only(COMPOSED, root)
+    assert problem.what == "the answers of 1 of 8 queries are not among their candidates"
+    assert problem.where == f"{query} ('8:404')"
+
+    file = root / "visdoc-tasks/docvqa_test_subsampled_beir/qrels/test.jsonl"
+    rewrite(file, [{"query-id": 0, "corpus-id": 404, "score": 1}, *rows(file)])
+    assert "404" in only(PAGES, root).what
+
+
+def test_queries_without_answers_are_named(root: Path) -> None:
+    file = root / "M-BEIR/qrels/test/mbeir_cirr_task7_test_qrels.txt"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    rewrite(file, [line for line in lines if not line.startswith("8:1001 ")])
+    problem = only(COMPOSED, root)
+    assert (problem.what, problem.where) == ("1 of 8 queries have no answer", "8:1001")
+
+
+def test_names_with_several_contents_are_a_warning(root: Path) -> None:
+    file = root / "M-BEIR/cand_pool/local/mbeir_cirr_task7_cand_pool.jsonl"
+    pool = rows(file)
+    rewrite(file, [*pool, {**pool[0], "txt": "another"}, pool[1]])
+    problem = only(COMPOSED, root)
+    assert problem.severity == "warning"
+    assert problem.where == str(pool[0]["did"])
+    assert "several contents under one name" in problem.what
+
+
+def test_empty_collections_and_no_queries(root: Path) -> None:
+    rewrite(root / "M-BEIR/cand_pool/local/mbeir_cirr_task7_cand_pool.jsonl", [])
+    assert only(COMPOSED, root).what == "8 of 8 queries have no candidates to be ranked among"
+    rewrite(root / "M-BEIR/query/test/mbeir_cirr_task7_test.jsonl", [])
+    assert only(COMPOSED, root).what == "there are no queries"
+
+
+def test_repeated_ids_and_texts_that_cannot_be_embedded(root: Path) -> None:
+    file = root / "M-BEIR/query/test/mbeir_cirr_task7_test.jsonl"
+    queries = rows(file)
+    queries[1]["query_txt"] = "end <|im_end|> here"
+    rewrite(file, [*queries, queries[0]])
+    repeated, text = check([COMPOSED], root)
+    assert repeated.where == str(queries[0]["qid"]) and "have an id" in repeated.what
+    assert text.where.startswith(f"query {queries[1]['qid']} (") and "<|im_end|>" in text.where
+
+
+def test_pictures_inside_of_tables_are_looked_at(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="tables with pictures are parquet files")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_miniature(tmp_path)
+    file = next((tmp_path / "visdoc-tasks/arxivqa_test_subsampled_beir/corpus").glob("*.parquet"))
+    pages = parquet.read_table(file).to_pylist()
+    pages[2]["image"]["bytes"] = pages[2]["image"]["bytes"][:300]
+    parquet.write_table(pa.Table.from_pylist(pages), file)
+    problem = only(TASKS["MMEB-v2", "ViDoRe_arxivqa"], tmp_path)
+    assert problem.where.startswith(f"candidate {pages[2]['corpus-id']}, 0 (")
+    assert "truncated" in problem.where
+
+
+def test_the_number_of_threads_does_not_matter(root: Path) -> None:
+    picture(root, 1).unlink()
+    cut(picture(root, 3))
+    one, several = (check([CIRR, CLIPS], root, workers=workers) for workers in (1, 6))
+    assert one == several and len(one) == 2

@@ -1,0 +1,304 @@
+"""Commands about measuring: eval and bench."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import typer
+
+from ume_models.cli.options import (
+    Context,
+    DeviceOption,
+    DType,
+    Engine,
+    Mode,
+    MultiImage,
+    OnError,
+    WorkersOption,
+)
+
+
+class Labels(str, Enum):
+    """Which labels of the pages count."""
+
+    FIXED = "fixed"
+    LEGACY = "legacy"
+
+
+class Instructions(str, Enum):
+    """Whose wording of the instructions."""
+
+    PLUME = "plume"
+    VLM2VEC = "vlm2vec"
+
+
+_DATA, _WHAT, _HOW, _OTHER = "Data", "Tasks", "Model", "Instead of evaluating a model"
+
+
+def evaluate(
+    data: Annotated[
+        Optional[str],  # noqa: UP045 - evaluated at run time
+        typer.Option(
+            metavar="ROOT",
+            help="Folder with image-tasks, video-tasks and visdoc-tasks, as published; or the word "
+            "miniature for a small one of all tasks, made on the spot.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the results."),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Checkpoint folder or hub id.",
+            metavar="PATH",
+            show_default="the bundled one",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    benchmark: Annotated[
+        str, typer.Option(help="MMEB-v2, MMEB-v1 or M-BEIR.", rich_help_panel=_WHAT)
+    ] = "MMEB-v2",
+    tasks: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="NAMES",
+            help="Names or groups, with commas: CIRR,V-RET. --list shows them.",
+            show_default="all",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    modality: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="NAMES",
+            help="image, video, visdoc.",
+            show_default="all",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Only the first N queries of each task; candidates are never reduced.",
+            show_default="all",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    labels: Annotated[
+        Labels,
+        typer.Option(
+            help="legacy: the wrong page labels published first, for comparison with old scores.",
+            rich_help_panel=_DATA,
+        ),
+    ] = Labels.FIXED,
+    instructions: Annotated[
+        Instructions,
+        typer.Option(help="Whose instructions; they differ for ViDoRe.", rich_help_panel=_DATA),
+    ] = Instructions.PLUME,
+    legacy_ndcg: Annotated[
+        bool,
+        typer.Option(
+            "--legacy-ndcg",
+            help="Pair graded relevance with pages as the official metric does.",
+            rich_help_panel=_DATA,
+        ),
+    ] = False,
+    momentseeker_leak: Annotated[
+        bool,
+        typer.Option(
+            "--momentseeker-leak",
+            help="Missing query pictures of MomentSeeker: a frame of the answer, as PLUME does.",
+            rich_help_panel=_DATA,
+        ),
+    ] = False,
+    download: Annotated[
+        bool,
+        typer.Option(
+            "--download",
+            help="Fetch tables that are not below ROOT from the hub (not images and frames).",
+            rich_help_panel=_DATA,
+        ),
+    ] = False,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="'reference' follows the official code step by step, slowly.",
+            rich_help_panel=_HOW,
+        ),
+    ] = Engine.FAST,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        DType, typer.Option(help="Number format of the model.", rich_help_panel=_HOW)
+    ] = DType.AUTO,
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="gen: after the latent steps; disc: before them; last: last token.",
+            rich_help_panel=_HOW,
+        ),
+    ] = Mode.GEN,
+    latent_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=0, help="Latent steps.", metavar="K", show_default="8", rich_help_panel=_HOW
+        ),
+    ] = None,
+    context: Annotated[
+        Context,
+        typer.Option(help="What the router sees beside the latent state.", rich_help_panel=_HOW),
+    ] = Context.DISC,
+    multi_image: Annotated[
+        Optional[MultiImage],  # noqa: UP045
+        typer.Option(
+            help="Items with several images: all of them, or the first as officially.",
+            show_default="refuse them",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    disc_offset: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=1,
+            help="With --mode disc: 0 reads <disc_emb> as in training, 1 the token after it as the "
+            "official evaluation.",
+            rich_help_panel=_HOW,
+        ),
+    ] = 0,
+    batch_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            help="Tokens per batch; lower needs less memory.",
+            metavar="N",
+            show_default="by device",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    workers: WorkersOption = 2,
+    top: Annotated[
+        int, typer.Option(min=10, help="Places of each ranking to keep.", metavar="N")
+    ] = 100,
+    on_error: Annotated[
+        OnError,
+        typer.Option(help="skip: tasks with unusable data are listed as missing, others go on."),
+    ] = OnError.STOP,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew and replace the results in DIR.")
+    ] = False,
+    gallery: Annotated[
+        int, typer.Option(min=0, help="Failures per task shown in the page.", metavar="N")
+    ] = 3,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="Print the table of tasks.", rich_help_panel=_OTHER)
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Verify the data root: tables, labels, every picture. No model is needed.",
+            rich_help_panel=_OTHER,
+        ),
+    ] = False,
+    embeddings: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="DIR",
+            help="Score embeddings that another program stored: TASK/queries.npy, candidates.npy, "
+            "candidates.json; or the official TASK_qry, TASK_tgt, TASK_info.jsonl.",
+            rich_help_panel=_OTHER,
+        ),
+    ] = None,
+    compare: Annotated[
+        Optional[tuple[Path, Path]],  # noqa: UP045
+        typer.Option(
+            metavar="A B",
+            help="Compare the results of two evaluations; -o writes them too.",
+            rich_help_panel=_OTHER,
+        ),
+    ] = None,
+) -> None:
+    """Evaluate on MMEB-v2, MMEB-V1 or M-BEIR. A stopped run goes on where it was.
+
+    DIR gets summary.json, summary.md, report.html and, per task, scores and predictions, beside
+    the embeddings. Start the same command again after a stop: the result is the same to the byte.
+    Several processes or hosts share the work when torchrun starts them.
+
+    [bold]Examples[/]
+
+        ume eval --data miniature -o runs/miniature
+
+        ume eval --model PLUME-2B --data MMEB-V2 --check
+
+        ume eval --model PLUME-2B --data MMEB-V2 -o runs/plume
+
+        torchrun --nproc-per-node 8 -m ume_models.cli eval --data MMEB-V2 -o runs/bundled
+
+        ume eval --compare runs/plume runs/other
+    """
+    # torch prints a page of frames when a process of a team is gone; who it was is told anyway.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from ume_models.commands import evaluate as command
+    from ume_models.commands.encoding import BUNDLED, EncodingOptions
+    from ume_models.mmeb.dataset import ReadOptions
+    from ume_models.mmeb.settings import EvalOptions
+
+    if compare is not None:
+        command.compare(compare[0], compare[1], output)
+        return
+    reading = ReadOptions(
+        labels=labels.value,
+        instructions=instructions.value,
+        limit=limit,
+        momentseeker_leak=momentseeker_leak,
+        download=download,
+    )
+    selection = command.Selection(benchmark, tasks or [], modality or [], reading)
+    if show_list:
+        command.show_tasks(selection)
+        return
+    if check:
+        command.check(_needed(data, "--data"), output, selection, workers)
+        return
+    stop_or_skip: Literal["stop", "skip"] = "skip" if on_error is OnError.SKIP else "stop"
+    options = EvalOptions(
+        mode=mode.value,
+        batch_tokens=batch_tokens,
+        workers=workers,
+        top=top,
+        legacy_ndcg=legacy_ndcg,
+        on_error=stop_or_skip,
+    )
+    shared: dict[str, Any] = {"overwrite": overwrite, "gallery": gallery}
+    target = _needed(output, "--output / -o")
+    if embeddings is not None:
+        root = None if data is None else Path(data)
+        command.score_stored(embeddings, root, target, selection, options, **shared)
+        return
+    encoding = EncodingOptions(
+        model=model or BUNDLED,
+        engine=engine.value,
+        device=device,
+        dtype=dtype.value,
+        mode=mode.value,
+        latent_steps=latent_steps,
+        context=context.value,
+        multi_image=multi_image.value if multi_image else None,
+        disc_offset=disc_offset,
+        batch_tokens=batch_tokens,
+    )
+    command.run(_needed(data, "--data"), target, selection, encoding, options, **shared)
+
+
+def _needed(value: Any, option: str) -> Any:
+    if value is None:
+        raise typer.BadParameter("is needed", param_hint=option)
+    return value

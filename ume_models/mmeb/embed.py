@@ -1,0 +1,129 @@
+"""One shard of an evaluation: its items read, embedded and written."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ume_models.encode import EncodeStats, encode_detailed
+from ume_models.errors import DataError, ItemError
+from ume_models.mmeb.dataset import ReadOptions, TaskData
+from ume_models.mmeb.listing import Place
+from ume_models.mmeb.plan import KeyedStore
+from ume_models.mmeb.readers import read_task
+from ume_models.mmeb.settings import EvalOptions
+from ume_models.mmeb.tasks import Task
+from ume_models.processing.items import Item
+from ume_models.store import Record, Shard, Skipped
+
+_TASKS_IN_MEMORY = 4
+
+
+class Library:
+    """The tasks of an evaluation, read when they are needed; the last few stay in memory.
+
+    Args:
+        tasks: the selected tasks.
+        root: the data root.
+        options: how they are read.
+    """
+
+    def __init__(self, tasks: Sequence[Task], root: Path, options: ReadOptions) -> None:
+        self._tasks = {task.name: task for task in tasks}
+        self._root = root
+        self._options = options
+        self._read: OrderedDict[str, TaskData] = OrderedDict()
+
+    def data(self, task: str) -> TaskData:
+        """The data of a task.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        if task not in self._read:
+            self._read[task] = read_task(self._tasks[task], self._root, self._options)
+            if len(self._read) > _TASKS_IN_MEMORY:
+                self._read.popitem(last=False)
+        self._read.move_to_end(task)
+        return self._read[task]
+
+
+def embed_shard(
+    model: Any,
+    held: KeyedStore,
+    shard: int,
+    places: Mapping[str, Place],
+    library: Library,
+    options: EvalOptions,
+    progress: Callable[[int, int], None] | None = None,
+) -> EncodeStats:
+    """Embed the items of a shard and write it.
+
+    Args:
+        model: a loaded model.
+        held: the store of the shard.
+        shard: its number.
+        places: where the content of each key is found.
+        library: the tasks.
+        options: how to embed, and what to do with an item that cannot be.
+        progress: called with the numbers of finished and of all items.
+
+    Returns:
+        What embedding did, with its times.
+
+    Raises:
+        DataError: an item cannot be embedded; the task and the item are named.
+        OSError: the disk is full or not writable.
+    """
+    keys = held.shard_keys(shard)
+    items = [_as_embedded(places[key].item(library.data(places[key].task))) for key in keys]
+    try:
+        output = encode_detailed(
+            model,
+            items,
+            mode=options.mode,
+            batch_tokens=options.batch_tokens,
+            workers=options.workers,
+            on_error="raise" if options.on_error == "stop" else "skip",
+            progress=progress or False,
+        )
+    except ItemError as error:
+        if error.index is None:
+            raise
+        raise DataError(
+            f"{places[keys[error.index]]}: {error.reason} (what is done is kept; --on-error skip "
+            "goes on without the task)"
+        ) from error
+    first = held.store.item_range(shard).start
+    problems = {problem.index: problem.reason for problem in output.errors}
+    kept = [row for row in range(len(keys)) if row not in problems]
+    held.store.write(
+        shard,
+        Shard(
+            rows=torch.tensor([first + row for row in kept], dtype=torch.int64),
+            embeddings=output.embeddings[kept],
+            records=[Record(keys[row]) for row in kept],
+            skipped=[
+                Skipped(first + row, keys[row], problems[row])
+                for row in range(len(keys))
+                if row in problems
+            ],
+        ),
+    )
+    return output.stats
+
+
+def _as_embedded(item: Item) -> Item:
+    """The item as the official evaluation embeds it.
+
+    An empty text goes through the same prompt as any other there; without a character it would be
+    the prompt of a missing input, which has no picture.
+    """
+    if not item.text and not item.instruction and not item.images and item.video is None:
+        return replace(item, text=" ")
+    return item

@@ -1,0 +1,122 @@
+"""What a task needs embedded: the keys of its queries and candidates, kept beside its results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ume_models.atomic import write_atomically
+from ume_models.errors import StoreError
+from ume_models.mmeb.dataset import TaskData
+from ume_models.mmeb.keys import ContentKeys
+from ume_models.processing.items import Item
+
+Side = Literal["query", "candidate"]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Keys of everything a task embeds.
+
+    Attributes:
+        task: name of the task.
+        queries: key of each query.
+        names: names of the candidates.
+        candidates: key of each candidate.
+    """
+
+    task: str
+    queries: Sequence[str]
+    names: Sequence[str]
+    candidates: Sequence[str]
+
+    def keys(self) -> Iterator[str]:
+        """All keys, queries first."""
+        yield from self.queries
+        yield from self.candidates
+
+
+def list_task(data: TaskData, keys: ContentKeys) -> Listing:
+    """Read a task's media once and name what is in them.
+
+    Raises:
+        DataError: a table cannot be read.
+    """
+    return Listing(
+        data.task.name,
+        keys.keys(lambda position: data.queries[position].item, len(data.queries)),
+        list(data.candidates.names),
+        keys.keys(data.candidates.item, len(data.candidates)),
+    )
+
+
+def listing_path(folder: Path, task: str) -> Path:
+    """Where the listing of a task is in an evaluation's folder."""
+    return folder / "tasks" / task / "items.json"
+
+
+def write_listing(folder: Path, listing: Listing) -> None:
+    """Keep a listing; it tells which embedding belongs to which query and candidate."""
+    path = listing_path(folder, listing.task)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {
+        "queries": list(listing.queries),
+        "candidates": [[*pair] for pair in zip(listing.names, listing.candidates, strict=True)],
+    }
+    write_atomically(path, (json.dumps(rows, ensure_ascii=False, indent=0) + "\n").encode(
+        errors="surrogatepass"
+    ))  # fmt: skip
+
+
+def read_listing(folder: Path, task: str) -> Listing:
+    """What ``write_listing`` kept.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    path = listing_path(folder, task)
+    try:
+        rows = json.loads(path.read_bytes())
+        names = [str(name) for name, _ in rows["candidates"]]
+        keys = [str(key) for _, key in rows["candidates"]]
+        return Listing(task, [str(key) for key in rows["queries"]], names, keys)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} cannot be read ({error}): run `ume eval` with this output folder again"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the content of a key is found: a query or candidate of a task."""
+
+    task: str
+    side: Side
+    position: int
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.side} {self.position}"
+
+    def item(self, data: TaskData) -> Item:
+        """The item itself, out of the task's data."""
+        if self.side == "query":
+            return data.queries[self.position].item
+        return data.candidates.item(self.position)
+
+
+def places(listings: Iterable[Listing]) -> Mapping[str, Place]:
+    """The first place of every key, in the order in which tasks need them."""
+    found: dict[str, Place] = {}
+    for listing in listings:
+        sides: tuple[tuple[Side, Sequence[str]], ...] = (
+            ("query", listing.queries),
+            ("candidate", listing.candidates),
+        )
+        for side, keys in sides:
+            for position, key in enumerate(keys):
+                if key not in found:
+                    found[key] = Place(listing.task, side, position)
+    return found

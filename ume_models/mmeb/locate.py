@@ -1,0 +1,268 @@
+"""Finding table files: below a data root, in the hub's cache on this machine, on the hub.
+
+A folder is read as Hugging Face's ``load_dataset`` reads a dataset repository: what its README
+declares for a configuration and split comes first, then data written by ``save_to_disk``, then
+the names that the hub uses where nothing is declared.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ume_models.errors import DataError
+from ume_models.mmeb.tasks import Source, Task
+
+# In order of preference where a folder has several.
+TABLE_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv")
+
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def locate(source: Source, root: Path, *, download: bool = False) -> list[Path]:
+    """The table files of one configuration and split, in order.
+
+    Args:
+        source: what is looked for; ``source.paths`` come first, then folders named like the
+            repository, then the hub's cache.
+        root: the data root.
+        download: fetch from the hub what is nowhere on the disk.
+
+    Raises:
+        DataError: there are none; the places are named.
+    """
+    folders: list[Path] = []
+    for path in source.paths:
+        if Path(path).suffix in TABLE_SUFFIXES:
+            if (root / path).is_file():
+                return [root / path]
+        else:
+            folders.append(root / path)
+    folders += [root / source.repository.rsplit("/", 1)[-1], root / source.repository]
+    for folder in dict.fromkeys(folders):
+        if found := find_tables(folder, source.config, source.split):
+            return found
+    for folder in _hub_folders(source, download):
+        if found := find_tables(folder, source.config, source.split):
+            return found
+    config = f", configuration {source.config!r}" if source.config else ""
+    places = [str(root / path) for path in source.paths] or [str(folders[0])]
+    raise DataError(
+        f"there are no tables of {source.repository}{config}, split {source.split!r}, in "
+        f"{' or '.join(places)}, nor in the hub's cache; get them with `hf download --repo-type "
+        f"dataset {source.repository} --local-dir {places[0]}`, or let them be downloaded"
+    )
+
+
+def media_folder(task: Task, root: Path) -> Path:
+    """The folder that a task's media paths are relative to: the first of its places that exists.
+
+    Where none does, the first place: paths into it name what is missing.
+    """
+    places = [root / folder for folder in task.media]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def find_tables(folder: Path, config: str | None, split: str) -> list[Path]:
+    """Table files of a configuration and split in the copy of a dataset repository.
+
+    Args:
+        folder: the copy; it may lack files or not exist.
+        config: name of the configuration, or None where there is one only.
+        split: name of the split.
+
+    Returns:
+        Files in the order of their rows; empty where there are none.
+
+    Raises:
+        DataError: the README's head or a ``state.json`` is damaged.
+    """
+    if not folder.is_dir():
+        return []
+    declared = _declared_patterns(folder / "README.md", config, split)
+    if declared is not None:
+        found = _matching(folder, declared)
+        if found or not declared:  # the configuration is there and has no such split
+            return found
+    place = folder / config if config else folder
+    return _saved_to_disk(place / split) or _saved_to_disk(place) or _conventional(
+        folder, config, split
+    )  # fmt: skip
+
+
+def _declared_patterns(readme: Path, config: str | None, split: str) -> list[str] | None:
+    """What a README declares; None where it says nothing about the configuration."""
+    head = _front_matter(readme)
+    configs = [entry for entry in head.get("configs") or [] if isinstance(entry, Mapping)]
+    if config is None:
+        chosen = [entry for entry in configs if entry.get("config_name") == "default"]
+        chosen = chosen or [entry for entry in configs if entry.get("default")]
+        chosen = chosen or (configs if len(configs) == 1 else [])
+    else:
+        chosen = [entry for entry in configs if str(entry.get("config_name")) == config]
+    if not chosen or chosen[0].get("data_files") is None:
+        return None
+    base = str(chosen[0].get("data_dir") or "").strip("/")
+    files = chosen[0]["data_files"]
+    if isinstance(files, Mapping):
+        files = [{"split": name, "path": path} for name, path in files.items()]
+    elif isinstance(files, str):
+        files = [files]
+    patterns: list[str] = []
+    for entry in files:
+        # Patterns without a split are the split "train", as on the hub.
+        of = str(entry.get("split", "train")) if isinstance(entry, Mapping) else "train"
+        paths = entry.get("path", []) if isinstance(entry, Mapping) else entry
+        if of == split:
+            patterns += [paths] if isinstance(paths, str) else list(paths)
+    return [f"{base}/{pattern}" if base else pattern for pattern in patterns]
+
+
+def _front_matter(readme: Path) -> Mapping[str, Any]:
+    if not readme.is_file():
+        return {}
+    text = readme.read_text(encoding="utf-8", errors="replace")
+    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    if match is None:
+        return {}
+    try:
+        import yaml
+    except ImportError:  # names of files must do
+        return {}
+    try:
+        head = yaml.safe_load(match.group(1))
+    except yaml.YAMLError as error:
+        raise DataError(f"the head of {readme} is not YAML ({error}); get the file again") from None
+    return head if isinstance(head, Mapping) else {}
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        if "://" in pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+            continue
+        if pattern.endswith("**"):
+            pattern += "/*"  # means files on the hub, folders to pathlib
+        elif (folder / pattern).is_dir():
+            pattern = f"{pattern.rstrip('/')}/**/*"
+        found |= dict.fromkeys(sorted(path for path in folder.glob(pattern) if _is_table(path)))
+    return list(found)
+
+
+def _saved_to_disk(folder: Path) -> list[Path]:
+    """Files of ``Dataset.save_to_disk``, in the order that its ``state.json`` gives them."""
+    state = folder / "state.json"
+    if not state.is_file():
+        return []
+    try:
+        names = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{state} cannot be read ({error}); save the dataset again") from None
+    return [folder / name for name in names]
+
+
+def _conventional(folder: Path, config: str | None, split: str) -> list[Path]:
+    """Files named as the hub names them: ``data/test-00000-of-00001.parquet`` and the like."""
+    bases = (folder, folder / "data", folder / "json")
+    for base in bases:
+        if config is None:
+            found = _of_split(base, split)
+        else:
+            found = _of_split(base / config, split) or _of_split(base / config / "data", split)
+            named = [path for path in _tables(base) if _is_of_config(path.stem, config)]
+            found = found or _with_split(named, split, len(config))
+        if found:
+            return found
+    return []
+
+
+def _of_split(folder: Path, split: str) -> list[Path]:
+    for word in _words(split):
+        if found := _one_kind(_tables(folder / word)):
+            return found
+    return _with_split(_tables(folder), split)
+
+
+def _with_split(paths: Sequence[Path], split: str, skip: int = 0) -> list[Path]:
+    """Of these files those of the split; all of them where no name mentions any split."""
+    for word in _words(split):
+        if found := [path for path in paths if _mentions(path.stem[skip:], word)]:
+            return _one_kind(found)
+    every = [word for words in _SPLIT_WORDS.values() for word in words]
+    if any(_mentions(path.stem[skip:], word) for path in paths for word in every):
+        return []
+    return _one_kind(paths)
+
+
+def _words(split: str) -> Iterator[str]:
+    yield split
+    for words in _SPLIT_WORDS.values():
+        if split in words:
+            yield from (word for word in words if word != split)
+
+
+def _mentions(stem: str, word: str) -> bool:
+    return re.search(rf"(^|[^A-Za-z0-9]){re.escape(word)}([^A-Za-z]|$)", stem) is not None
+
+
+def _is_of_config(stem: str, config: str) -> bool:
+    # "RefCOCO-test", "RefCOCO-00000-of-00001", but not "RefCOCO-Matching-test".
+    words = "|".join(word for words in _SPLIT_WORDS.values() for word in words)
+    return re.match(rf"{re.escape(config)}($|[-_.](\d|({words})(?![A-Za-z])))", stem) is not None
+
+
+def _tables(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if _is_table(path)) if folder.is_dir() else []
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix in TABLE_SUFFIXES and path.name not in _DESCRIPTIONS and path.is_file()
+
+
+def _one_kind(paths: Sequence[Path]) -> list[Path]:
+    for suffix in TABLE_SUFFIXES:
+        if found := [path for path in paths if path.suffix == suffix]:
+            return found
+    return []
+
+
+def _hub_folders(source: Source, download: bool) -> Iterator[Path]:
+    """The repository's snapshot in the hub's cache; with ``download``, after fetching tables."""
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        return
+    found: Path | None = None
+    with suppress(Exception):  # not there; which class says so depends on the hub's version
+        cached = hub.snapshot_download(
+            source.repository, repo_type="dataset", local_files_only=True
+        )
+        found = Path(cached)
+    if found is not None:
+        yield found
+    if not download:
+        return
+    try:
+        copy = hub.snapshot_download(
+            source.repository, repo_type="dataset", allow_patterns=["README.md"]
+        )
+        wanted = _declared_patterns(Path(copy) / "README.md", source.config, source.split)
+        if wanted:
+            wanted += [f"{pattern.rstrip('/')}/*" for pattern in wanted]  # names of folders
+        else:  # all its tables, but never the archives with media beside them
+            wanted = [f"*{source.config or ''}*{suffix}" for suffix in TABLE_SUFFIXES]
+        copy = hub.snapshot_download(
+            source.repository, repo_type="dataset", allow_patterns=["README.md", *wanted]
+        )
+    except Exception as error:
+        raise DataError(f"{source.repository} cannot be downloaded: {error}") from error
+    yield Path(copy)

@@ -1,0 +1,90 @@
+"""Whether pictures can be opened: their heads and ends are read, a few are decoded."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from PIL import Image, UnidentifiedImageError
+
+from ume_models.errors import ItemError
+from ume_models.processing.items import MediaSource
+from ume_models.processing.media import decode_rgb
+from ume_models.processing.resize import MAX_ASPECT_RATIO
+
+Wrong = tuple[Literal["missing", "damaged"], str]
+
+# How complete files end. Others are decoded to find out.
+_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
+_LONGEST_END = max(map(len, _ENDS.values()))
+
+
+class PictureCheck:
+    """Remembers the files it has seen; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Wrong | None] = {}
+
+    def wrong(self, source: MediaSource, *, decode: bool) -> Wrong | None:
+        """What is wrong with a picture, and why; None if nothing was found.
+
+        Args:
+            source: a file, the bytes of one, or a picture, which is not looked at.
+            decode: decode it even if it looks complete.
+        """
+        if isinstance(source, Image.Image):
+            return None
+        if isinstance(source, bytes):
+            return _wrong(source, decode)
+        path = str(source)
+        if path not in self._known:
+            self._known[path] = _wrong(source, decode)
+        return self._known[path]
+
+
+def _wrong(source: bytes | str | Path, decode: bool) -> Wrong | None:
+    try:
+        if not _looks_complete(source) or decode:
+            decode_rgb(source)
+    except FileNotFoundError:
+        return "missing", ""
+    except ItemError as error:
+        return "damaged", error.reason
+    except UnidentifiedImageError:
+        return "damaged", "it is not a picture"
+    except (OSError, ValueError) as error:
+        return "damaged", getattr(error, "strerror", None) or str(error)
+    except Exception as error:  # decoders raise whatever they like on malformed heads
+        return "damaged", f"{type(error).__name__}: {error}"
+    return None
+
+
+def _opened(source: bytes | str | Path) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+
+
+def _looks_complete(source: bytes | str | Path) -> bool:
+    """Whether a picture ends as files of its format end.
+
+    Raises:
+        ItemError: the vision tower cannot take its shape.
+        OSError: it cannot be opened, or is not a picture.
+    """
+    with _opened(source) as file:
+        if not file.read(1):
+            raise ItemError("it is empty (0 bytes)")
+        file.seek(0)
+        with Image.open(file) as image:
+            form, (width, height) = image.format, image.size
+            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                raise ItemError(
+                    f"it is {width}x{height}, and one side may be at most {MAX_ASPECT_RATIO} times "
+                    "the other"
+                )
+            end = _ENDS.get(form or "")
+            if end is None:
+                return False
+            file.seek(0, io.SEEK_END)
+            file.seek(max(0, file.tell() - _LONGEST_END))
+            return file.read().endswith(end)

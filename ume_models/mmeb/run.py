@@ -1,0 +1,404 @@
+"""An evaluation from tables to scores, alone or by a team of processes, resumable at any point.
+
+The leader reads the tasks, names everything that is to be embedded, and plans; every process embeds
+shards; the leader ranks and scores a task as soon as its last shard is written. All that is
+written is a function of data, model and settings, so an interrupted run ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ume_kernels.version import __version__
+from ume_models.atomic import write_atomically
+from ume_models.encode import EncodeStats, encoding_settings
+from ume_models.errors import DataError, StoreError
+from ume_models.mmeb import settings
+from ume_models.mmeb.benchmarks import benchmark
+from ume_models.mmeb.dataset import ReadOptions, TaskData
+from ume_models.mmeb.embed import Library, embed_shard
+from ume_models.mmeb.embeddings import EmbeddingLookup
+from ume_models.mmeb.keys import KINDS, ContentKeys, Kind, key_kind
+from ume_models.mmeb.listing import Listing, Place, list_task, places, read_listing, write_listing
+from ume_models.mmeb.plan import SHARD_SIZES, Plan, Work, make_plan, open_store
+from ume_models.mmeb.progress import Pace, Progress
+from ume_models.mmeb.ranking import rank_task
+from ume_models.mmeb.results import RunFolder, TaskScore, score_task
+from ume_models.mmeb.settings import EvalOptions
+from ume_models.mmeb.summary import Summary, summarise
+from ume_models.mmeb.tasks import Task
+from ume_models.mmeb.team import LoneTeam, Team, TeamError
+from ume_models.store import Manifest, lock_folder
+
+_NAMED = 5
+
+
+def evaluate(
+    model: Any,
+    tasks: Sequence[Task],
+    data: Path,
+    output: Path,
+    *,
+    name: str = "",
+    reading: ReadOptions | None = None,
+    options: EvalOptions | None = None,
+    overwrite: bool = False,
+    team: Team | None = None,
+    progress: Progress | None = None,
+) -> Summary | None:
+    """Embed, rank and score tasks; go on with what ``output`` holds already.
+
+    Args:
+        model: what ``ume_models.load`` returned, with ``empty="reference"``.
+        tasks: the tasks, of one benchmark.
+        data: the data root.
+        output: folder for the results; made if missing.
+        name: of the model, for the reader.
+        reading: how tasks are read.
+        options: how they are embedded and ranked.
+        overwrite: begin anew and remove what an earlier evaluation wrote there.
+        team: the processes that work on it; ``gather()`` finds those of a launcher.
+        progress: receives what happens.
+
+    Returns:
+        The scores of all tasks that were ever asked for in this folder; None for processes that
+        do not lead the team.
+
+    Raises:
+        DataError: data are missing or an item cannot be embedded (with ``on_error="stop"``).
+        StoreError: the folder belongs to an evaluation with other settings or to another process.
+        TeamError: another process has failed or died.
+        OSError: the disk is full or not writable.
+    """
+    reading, options = reading or ReadOptions(), options or EvalOptions()
+    team, progress = team or LoneTeam(), progress or Progress()
+    member = _Member(model, tasks, data, output, reading, options, team, progress)
+    try:
+        if not team.leads:
+            member.follow()
+            return None
+        output.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(output)
+        try:
+            return member.lead(name, overwrite)
+        finally:
+            if lock is not None:
+                os.close(lock)
+    except TeamError:
+        raise  # the others see for themselves
+    except BaseException as error:
+        team.fail(str(error) or type(error).__name__)
+        raise
+
+
+class _Member:
+    """One process of an evaluation."""
+
+    def __init__(
+        self,
+        model: Any,
+        tasks: Sequence[Task],
+        data: Path,
+        output: Path,
+        reading: ReadOptions,
+        options: EvalOptions,
+        team: Team,
+        progress: Progress,
+    ) -> None:
+        self.model = model
+        self.tasks = list(tasks)
+        self.data = data
+        self.output = output
+        self.reading = reading
+        self.options = options
+        self.team = team
+        self.progress = progress
+        self.library = Library(tasks, data, reading)
+        self.times: dict[Kind, EncodeStats] = {kind: EncodeStats() for kind in KINDS}
+
+    # The leader ------------------------------------------------------------------------------
+
+    def lead(self, name: str, overwrite: bool) -> Summary:
+        manifest = self._begin(name, overwrite)
+        missing: dict[str, str] = {}
+        read = self._read(missing)
+        listings = self._list(read)
+        where = places(listings)
+        device = self.model.device.type
+        sizes = self.options.shard_sizes or SHARD_SIZES.get(device, SHARD_SIZES["cpu"])
+        plan = make_plan(self.output / "embeddings", list(where), self._store_manifest(), sizes)
+        try:
+            self.team.announce(
+                {
+                    "fingerprint": self.model.fingerprint,
+                    "tasks": [data.task.name for data in read],
+                    "work": [vars(part) for part in plan.work],
+                }
+            )
+            scorer = _Scorer(self, plan, read, listings, missing)
+            done = dict.fromkeys(KINDS, 0)
+            for store, shards in plan.finished.items():
+                for shard in shards:
+                    scorer.lookup.add(store, shard)
+            for key in where:
+                done[key_kind(key)] += scorer.lookup.has(key)
+            totals = {kind: sum(key_kind(key) == kind for key in where) for kind in KINDS}
+            self.progress.planned(totals, done)
+            scorer.score_ready()
+            pace = Pace(self.team, totals, done)
+            self._embed(plan.work, plan.stores, where, pace, scorer)
+            self.team.finish()
+            scorer.look_for(plan.work)
+            scorer.score_ready()
+        finally:
+            plan.close()
+        return self._conclude(manifest, missing)
+
+    def _begin(self, name: str, overwrite: bool) -> dict[str, Any]:
+        manifest = settings.describe(
+            package_version=__version__,
+            model=name,
+            fingerprint=self.model.fingerprint,
+            benchmark=self.tasks[0].benchmark,
+            tasks=[task.name for task in self.tasks],
+            data=str(self.data.absolute()),
+            encoding=encoding_settings(self.model, self.options.mode, self.options.batch_tokens),
+            reading=self.reading,
+            options=self.options,
+            versions={name: metadata.version(name) for name in ("torch", "transformers")},
+        )
+        if not overwrite and (self.output / settings.MANIFEST).is_file():
+            there = settings.read_manifest(self.output).get("tasks", [])
+            manifest["tasks"] += [name for name in there if name not in manifest["tasks"]]
+        settings.begin(self.output, manifest, overwrite=overwrite)
+        return manifest
+
+    def _read(self, missing: dict[str, str]) -> list[TaskData]:
+        """The tasks that can be read; the others stop the run, or are missing."""
+        read = []
+        for task in self.tasks:
+            try:
+                data = self.library.data(task.name)
+                if not data.queries or not len(data.candidates):
+                    raise DataError(f"{task.name}: its tables have no queries or no candidates")
+                read.append(data)
+            except DataError as error:
+                missing[task.name] = str(error)
+        if missing and self.options.on_error == "stop":
+            raise DataError(
+                _first_few(
+                    f"{len(missing)} of {len(self.tasks)} tasks cannot be read", missing.values()
+                )
+                + "\n--on-error skip evaluates the others; ume eval --check tells everything"
+            )
+        return read
+
+    def _list(self, read: Sequence[TaskData]) -> list[Listing]:
+        """Name everything that is to be embedded, and notice what is not there."""
+        keys = ContentKeys(self.output / "media.json", self.data)
+        listings, absent = [], []
+        for data in read:
+            self.progress.note(f"reading {data.task.name}")
+            before = len(keys.missing)
+            listing = list_task(data, keys)
+            absent += [f"{data.task.name}: {path}" for path in keys.missing[before:]]
+            write_listing(self.output, listing)
+            listings.append(listing)
+        keys.save()
+        if absent and self.options.on_error == "stop":
+            raise DataError(
+                _first_few(f"{len(absent)} media files are missing", absent)
+                + "\n--on-error skip goes on without their tasks; ume eval --check tells everything"
+            )
+        return listings
+
+    def _store_manifest(self) -> Manifest:
+        return Manifest(
+            package_version=__version__,
+            model="",
+            fingerprint=self.model.fingerprint,
+            hidden_size=self.model.hidden_size,
+            encoding=encoding_settings(self.model, self.options.mode, self.options.batch_tokens),
+            items_digest="",
+            num_items=0,
+            shard_size=0,
+        )
+
+    def _conclude(self, manifest: Mapping[str, Any], missing: Mapping[str, str]) -> Summary:
+        asked = {*manifest["tasks"]}
+        tasks = [task for task in benchmark(manifest["benchmark"]) if task.name in asked]
+        summary = summarise_folder(RunFolder(self.output), tasks, missing)
+        text = json.dumps(summary.to_json(), ensure_ascii=False, indent=1) + "\n"
+        write_atomically(self.output / "summary.json", text.encode())
+        times = {kind: vars(stats) for kind, stats in self.times.items() if stats.batches}
+        if times:
+            write_atomically(
+                self.output / "timing.json", (json.dumps(times, indent=1) + "\n").encode()
+            )
+        return summary
+
+    # Everyone --------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        orders = self.team.orders()
+        if orders["fingerprint"] != self.model.fingerprint:
+            raise StoreError(
+                f"rank {self.team.rank} loaded another model than rank 0: give all the same one"
+            )
+        folder = self.output / "embeddings"
+        work = [Work(**part) for part in orders["work"]]
+        try:
+            stores = {part.store: open_store(folder, part.store) for part in work}
+            where = places(read_listing(self.output, task) for task in orders["tasks"])
+        except StoreError as error:
+            raise StoreError(
+                f"rank {self.team.rank} does not see what rank 0 wrote ({error}): the output "
+                "folder must be on a file system that all hosts share"
+            ) from error
+        zero = dict.fromkeys(KINDS, 0)
+        self._embed(work, stores, where, Pace(self.team, zero, zero), None)
+        self.team.finish()
+
+    def _embed(
+        self,
+        work: Sequence[Work],
+        stores: Mapping[str, Any],
+        where: Mapping[str, Place],
+        pace: Pace,
+        scorer: _Scorer | None,
+    ) -> None:
+        for number in self.team.take(len(work)):
+            part = work[number]
+            started = time.perf_counter()
+
+            def within(done: int, items: int, kind: Kind = part.kind) -> None:
+                self.progress.embedding(kind, done, items)
+                self.team.check()
+
+            stats = embed_shard(
+                self.model,
+                stores[part.store],
+                part.shard,
+                where,
+                self.library,
+                self.options,
+                within,
+            )
+            _add(self.times[part.kind], stats)
+            pace.add(part.kind, part.items, time.perf_counter() - started)
+            if scorer is not None:
+                scorer.look_for(work[: number + 1])
+                self.progress.embedded(pace.done(), pace.remaining())
+                scorer.score_ready()
+
+
+class _Scorer:
+    """Ranks and scores tasks when their embeddings are there."""
+
+    def __init__(
+        self,
+        member: _Member,
+        plan: Plan,
+        read: Sequence[TaskData],
+        listings: Sequence[Listing],
+        missing: dict[str, str],
+    ) -> None:
+        self.lookup = EmbeddingLookup(plan.stores)
+        self._member = member
+        self._stores = plan.stores
+        self._missing = missing
+        self._results = RunFolder(member.output)
+        self._known: set[tuple[str, int]] = set()
+        self._waiting = [
+            (data, listing, list(listing.keys()))
+            for data, listing in zip(read, listings, strict=True)
+        ]
+
+    def look_for(self, work: Sequence[Work]) -> None:
+        """Take note of shards that this or another process has finished."""
+        for part in work:
+            place = (part.store, part.shard)
+            if place not in self._known and self._stores[part.store].store.has(part.shard):
+                self._known.add(place)
+                self.lookup.add(*place)
+
+    def score_ready(self) -> None:
+        """Score every task that waits for nothing any more."""
+        still = []
+        for data, listing, keys in self._waiting:
+            while keys and self.lookup.has(keys[-1]):
+                keys.pop()
+            if keys:
+                still.append((data, listing, keys))
+            else:
+                self._score(data, listing)
+        self._waiting = still
+
+    def _score(self, data: TaskData, listing: Listing) -> None:
+        member, task = self._member, data.task
+        problems = self.lookup.problems(list(dict.fromkeys(listing.keys())))
+        if problems:
+            reasons = _first_few(
+                f"{len(problems)} of its items cannot be embedded", problems.values()
+            )
+            self._missing[task.name] = reasons
+            return
+        try:
+            rankings = rank_task(
+                task,
+                data.queries,
+                self.lookup.rows(listing.queries),
+                listing.names,
+                self.lookup.rows(listing.candidates),
+                top=member.options.top,
+                device=member.model.device,
+            )
+            score = score_task(
+                task, rankings, len(listing.names), legacy=member.options.legacy_ndcg
+            )
+        except DataError as error:
+            if member.options.on_error == "stop":
+                raise
+            self._missing[task.name] = str(error)
+            return
+        self._results.write(score, rankings)
+        member.progress.scored(score)
+
+
+def summarise_folder(
+    folder: RunFolder, tasks: Sequence[Task], missing: Mapping[str, str] | None = None
+) -> Summary:
+    """The summary of what a folder holds.
+
+    Args:
+        folder: the results.
+        tasks: the tasks that were asked for, in the order of the table.
+        missing: why tasks have no score.
+    """
+    missing = missing or {}
+    scores: dict[str, TaskScore] = {
+        task.name: folder.score(task.name)
+        for task in tasks
+        if task.name not in missing and folder.finished(task.name)
+    }
+    values = {name: folder.values(name) for name in scores}
+    return summarise(tasks, scores, values, missing, folder.settings())
+
+
+def _add(total: EncodeStats, part: EncodeStats) -> None:
+    for name, value in vars(part).items():
+        setattr(total, name, getattr(total, name) + value)
+
+
+def _first_few(what: str, entries: Any) -> str:
+    entries = list(entries)
+    lines = [f"{what}:", *(f"  {entry}" for entry in entries[:_NAMED])]
+    if len(entries) > _NAMED:
+        lines.append(f"  … and {len(entries) - _NAMED} more")
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""What an evaluation is of, written beside its results: other settings never mix with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ume_models.atomic import remove_leftovers, write_atomically
+from ume_models.errors import StoreError
+from ume_models.mmeb.dataset import ReadOptions
+from ume_models.mmeb.keys import Kind
+
+FORMAT = "ume-eval"
+FORMAT_VERSION = 1
+MANIFEST = "run.json"
+# Told for the reader's sake; another value of these gives the same results.
+_INFORMATIVE = frozenset({"model", "tasks", "data", "versions"})
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How tasks are embedded and ranked.
+
+    Attributes:
+        mode: which hidden state is the embedding, as ``PlumeForEmbedding.embed``.
+        batch_tokens: prompt tokens per batch, None for the default of the device.
+        workers: threads that read and decode media.
+        top: places of each ranking that are kept and scored.
+        legacy_ndcg: pair graded relevance with labels as the official metric does; where the
+            labels are strings, that depends on ``PYTHONHASHSEED``.
+        on_error: "stop" at the first item or task that cannot be used, or "skip": a task with
+            one is listed as missing and the others go on.
+        shard_sizes: items per shard of each input class, None for those of the device.
+    """
+
+    mode: Literal["gen", "disc", "last"] = "gen"
+    batch_tokens: int | None = None
+    workers: int = 2
+    top: int = 100
+    legacy_ndcg: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
+    shard_sizes: Mapping[Kind, int] | None = None
+
+
+def describe(
+    *,
+    package_version: str,
+    model: str,
+    fingerprint: str,
+    benchmark: str,
+    tasks: list[str],
+    data: str,
+    encoding: Mapping[str, Any],
+    reading: ReadOptions,
+    options: EvalOptions,
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """The manifest of an evaluation, as it is written to ``run.json``."""
+    read = asdict(reading)
+    del read["download"]  # where a table came from does not change it
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "package_version": package_version,
+        "benchmark": benchmark,
+        "model": model,
+        "fingerprint": fingerprint,
+        "data": data,
+        "settings": {
+            **encoding,
+            **read,
+            "top": options.top,
+            "legacy_ndcg": options.legacy_ndcg,
+            **({"hash_seed": os.environ.get("PYTHONHASHSEED")} if options.legacy_ndcg else {}),
+        },
+        "tasks": tasks,
+        "versions": dict(versions),
+    }
+
+
+def begin(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Begin an evaluation in a folder, or go on with one of the same settings.
+
+    Args:
+        folder: the output folder.
+        manifest: what ``describe`` returned. The list of tasks may grow from run to run.
+        overwrite: remove results and embeddings of an evaluation that is there. No other file of
+            the folder is touched.
+
+    Raises:
+        StoreError: the folder holds an evaluation with other settings, which are named, or files
+            that are not one's.
+        OSError: the folder cannot be written.
+    """
+    remove_leftovers(folder, "")
+    path = folder / MANIFEST
+    if overwrite:
+        path.unlink(missing_ok=True)
+        for name in ("tasks", "embeddings"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("summary.json", "summary.md", "report.html", "timing.json", "media.json"):
+            (folder / name).unlink(missing_ok=True)
+    if path.is_file():
+        differences = _differences(read_manifest(folder), manifest)
+        if differences:
+            raise StoreError(
+                f"{folder} holds an evaluation with other settings:\n  "
+                + "\n  ".join(differences)
+                + "\nchoose another folder with -o, or replace it with --overwrite"
+            )
+    elif (folder / "tasks").exists() or (folder / "embeddings").exists():
+        raise StoreError(
+            f"{folder} has results but no {MANIFEST}: choose another folder with -o, or replace "
+            "them with --overwrite"
+        )
+    write_atomically(path, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an evaluation.
+
+    Raises:
+        StoreError: there is none, it is damaged, or of another version of the format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise StoreError(
+            f"{folder} has no {MANIFEST}: it is not the output of `ume eval`; give its folder"
+        )
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is not valid JSON ({error}): start anew with --overwrite"
+        ) from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise StoreError(f"{path} is not the manifest of an evaluation")
+    if value.get("format_version") != FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has format version {value.get('format_version')!r}; this version of ume reads "
+            f"{FORMAT_VERSION}: update ume, or start anew with --overwrite"
+        )
+    return value
+
+
+def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    mine, theirs = _flat(there), _flat(now)
+    return [
+        f"{name}: {mine.get(name)!r} there, {theirs.get(name)!r} now"
+        for name in sorted(mine.keys() | theirs.keys())
+        if name not in _INFORMATIVE and mine.get(name) != theirs.get(name)
+    ]
+
+
+def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(manifest))
+    return {**plain.pop("settings", {}), **plain}

@@ -1,0 +1,117 @@
+"""A folder of stored embeddings to scores, task by task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ume_kernels.version import __version__
+from ume_models.atomic import write_atomically
+from ume_models.errors import DataError
+from ume_models.mmeb import settings
+from ume_models.mmeb.dataset import ReadOptions
+from ume_models.mmeb.progress import Progress
+from ume_models.mmeb.readers import read_task
+from ume_models.mmeb.results import RunFolder
+from ume_models.mmeb.run import summarise_folder
+from ume_models.mmeb.settings import EvalOptions
+from ume_models.mmeb.stored import read_stored, score_stored
+from ume_models.mmeb.summary import Summary
+from ume_models.mmeb.tasks import Task
+from ume_models.store import lock_folder
+
+
+def score_folder(
+    embeddings: Path,
+    tasks: Sequence[Task],
+    output: Path,
+    *,
+    data: Path | None = None,
+    reading: ReadOptions | None = None,
+    options: EvalOptions | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Score the embeddings of every task that a folder has; see ``stored`` for its layouts.
+
+    Args:
+        embeddings: the folder.
+        tasks: the tasks, of one benchmark.
+        output: folder for the results.
+        data: the data root; None to take the answers stored with the embeddings.
+        reading: how tasks are read.
+        options: how they are ranked.
+        overwrite: replace an evaluation that is there.
+        progress: receives what happens.
+
+    Raises:
+        DataError: the folder has none of the tasks; or, with ``on_error="stop"``, embeddings of
+            one do not fit it.
+        StoreError: the output folder belongs to another evaluation.
+    """
+    reading, options = reading or ReadOptions(), options or EvalOptions()
+    progress = progress or Progress()
+    if not embeddings.is_dir():
+        raise DataError(f"{embeddings} is not a folder of stored embeddings")
+    output.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(output)
+    try:
+        manifest = settings.describe(
+            package_version=__version__,
+            model=str(embeddings.absolute()),
+            fingerprint=_files_digest(embeddings),
+            benchmark=tasks[0].benchmark,
+            tasks=[task.name for task in tasks],
+            data="" if data is None else str(data.absolute()),
+            encoding={"source": "stored embeddings"},
+            reading=reading,
+            options=options,
+            versions={},
+        )
+        settings.begin(output, manifest, overwrite=overwrite)
+        results = RunFolder(output)
+        missing: dict[str, str] = {}
+        for task in tasks:
+            try:
+                stored = read_stored(embeddings, task)
+                if stored is None:
+                    raise DataError(f"no embeddings of this task in {embeddings}")
+                table = None if data is None else read_task(task, data, reading)
+                score = score_stored(
+                    stored, task, table, results, top=options.top, legacy_ndcg=options.legacy_ndcg
+                )
+                progress.scored(score)
+            except DataError as error:
+                if options.on_error == "stop" and not str(error).startswith("no embeddings"):
+                    raise
+                missing[task.name] = str(error)
+        if len(missing) == len(tasks):
+            raise DataError(
+                f"{embeddings} has embeddings of none of the {len(tasks)} tasks; expected "
+                "TASK/queries.npy, or TASK_qry and TASK_tgt as the official evaluation writes them"
+            )
+        summary = summarise_folder(results, tasks, missing)
+        _write(output / "summary.json", summary.to_json())
+        return summary
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _files_digest(folder: Path) -> str:
+    """Names, sizes and times of the files: other embeddings are another evaluation."""
+    state = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found = path.stat()
+            name = path.relative_to(folder).as_posix()
+            state.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+    return state.hexdigest()[:32]
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
