@@ -7,7 +7,7 @@
 Every step is a process of its own with a time limit, and every figure is on disk as soon as it is
 known, so that a step that hangs or faults costs itself only, and a session that is cut keeps what
 it had. DIR gets ``results.json``, ``figures.jsonl``, ``log.txt`` and proposed tuning tables;
-``python -m benchmarks.report DIR/results.json`` prints the table.
+``ume bench report DIR/results.json`` prints the table.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from ume_models.commands.machine import cpu_name
+from ume_models.commands.machine import cpu_name, memory_gib, usable_cores
 
 
 def describe() -> dict[str, str | int]:
@@ -20,6 +21,7 @@ def describe() -> dict[str, str | int]:
     isa = "none" if native.module is None else native.module.cpu_isa()
     return {
         "cpu": cpu_name(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "native_isa": isa,
         "torch": torch.__version__,
@@ -30,12 +32,23 @@ def describe() -> dict[str, str | int]:
 def versions() -> dict[str, str | None]:
     """Versions of what the figures depend on; None for what is not installed."""
     found: dict[str, str | None] = {"cuda": torch.version.cuda}
-    for name in ("torch", "triton", "transformers"):
+    for name in ("ume-kernels", "torch", "triton", "transformers", "numpy", "pillow", "faiss-cpu"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def this_machine() -> dict[str, Any]:
+    """Processor, cores, memory and GPU, for the head of a file of results."""
+    about: dict[str, Any] = {
+        key: value for key, value in describe().items() if key not in ("torch", "transformers")
+    }
+    memory = memory_gib()
+    about["memory_gib"] = None if memory is None else round(memory, 1)
+    about["gpu"] = gpu()
+    return about
 
 
 @cache
@@ -97,6 +110,21 @@ def gpu_state() -> dict[str, float] | None:
     return {name: float(value) for name, value in state.items() if value is not None}
 
 
+def energy_meter() -> Callable[[], float | None] | None:
+    """A function that tells the joules the GPU has used since the driver started; None without.
+
+    From NVML's counter (Volta and later), which moves in steps of some ten milliseconds.
+    """
+    if _ask("nvmlDeviceGetTotalEnergyConsumption") is None:
+        return None
+
+    def joules() -> float | None:
+        value = _ask("nvmlDeviceGetTotalEnergyConsumption")
+        return None if value is None else value / 1000
+
+    return joules
+
+
 def gpu() -> dict[str, Any] | None:
     """The GPU: name, driver, size, and its state now; None where there is none."""
     if not torch.cuda.is_available():
@@ -119,13 +147,18 @@ def gpu() -> dict[str, Any] | None:
     }
 
 
-def reset_peak_memory() -> None:
-    """Start a new peak of the process's resident memory (Linux)."""
+def reset_peak_memory(device: torch.device | None = None) -> None:
+    """Start a new peak of the process's resident memory (Linux), or of what a GPU holds."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory() -> int:
-    """Bytes of resident memory at the highest point since the last reset."""
+def peak_memory(device: torch.device | None = None) -> int:
+    """Bytes of resident memory, or on the GPU, at the highest point since the last reset."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024

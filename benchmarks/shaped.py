@@ -203,3 +203,32 @@ def image_items(count: int, tokens: int = 256, seed: int = 0) -> list[dict[str, 
         }
         for _ in range(count)
     ]
+
+
+def video_items(count: int, tokens: int = 64, seed: int = 0) -> list[dict[str, Any]]:
+    """Clips of eight noise frames; each pair of frames is ``tokens`` (a square) visual tokens."""
+    side = 28 * int(tokens**0.5)
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "text": "a photo of people on the street",
+            "video": [
+                Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8))
+                for _ in range(8)
+            ],
+        }
+        for _ in range(count)
+    ]
+
+
+def page_items(count: int, tokens: int = 1024, seed: int = 0) -> list[dict[str, Any]]:
+    """Document pages: dark lines on white, ``tokens`` (a square number) visual tokens."""
+    side = 28 * int(tokens**0.5)
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        page = np.full((side, side, 3), 255, dtype=np.uint8)
+        for top in range(8, side - 8, 14):
+            page[top : top + 5, 8 : int(rng.integers(side // 2, side - 8))] = rng.integers(0, 90)
+        made.append({"text": "a page of the old house", "image": Image.fromarray(page)})
+    return made

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, normalize
+from torch.utils.checkpoint import checkpoint
 
 from ume_kernels.similarity_topk import similarity_topk
 
 SCALE = 50.0
+BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class Corpus:
     c16: torch.Tensor
     q32: torch.Tensor
     c32: torch.Tensor
+
+    def to(self, device: torch.device) -> Corpus:
+        """The same on a device."""
+        return Corpus(*(getattr(self, name).to(device) for name in ("q16", "c16", "q32", "c32")))
 
 
 def corpus(queries: int, candidates: int, width: int) -> Corpus:
@@ -40,13 +47,13 @@ def faiss_flat(data: Corpus, k: int) -> Callable[[], torch.Tensor]:
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatIP(data.c32.shape[1])
-    index.add(data.c32.numpy())
-    return lambda: torch.from_numpy(index.search(data.q32.numpy(), k)[1])
+    index.add(data.c32.cpu().numpy())
+    return lambda: torch.from_numpy(index.search(data.q32.cpu().numpy(), k)[1])
 
 
 def official(data: Corpus, k: int) -> Callable[[], torch.Tensor]:
     """The official evaluator: all scores, all of them sorted."""
-    q, c = data.q32.numpy(), data.c32.numpy()
+    q, c = data.q32.cpu().numpy(), data.c32.cpu().numpy()
     return lambda: torch.from_numpy(np.argsort(-np.dot(q, c.T), axis=1)[:, :k].copy())
 
 
@@ -61,16 +68,23 @@ ENGINES: dict[str, Callable[[Corpus, int], Callable[[], torch.Tensor]]] = {
 """Each prepares a search, which returns the indices ``[Q, k]``."""
 
 
+@cache
+def _kth_best(data: Corpus, k: int) -> torch.Tensor:
+    """The k-th best score ``[Q, 1]`` of every query in float64, less float32 rounding."""
+    wide = data.c32.double().T
+    parts = [(rows.double() @ wide).topk(k).values[:, -1:] for rows in data.q32.split(32)]
+    return torch.cat(parts) - 1e-6
+
+
 def recall(indices: torch.Tensor, data: Corpus) -> float:
     """Share of the results that are among the k best by float64 scores.
 
     A result that is short of the k-th best by no more than float32 rounding counts.
     """
-    found, k = 0, indices.shape[1]
-    for rows in torch.arange(indices.shape[0]).split(32):
-        scores = data.q32[rows].double() @ data.c32.double().T
-        least = scores.topk(k).values[:, -1:] - 1e-6
-        found += int((scores.gather(1, indices[rows]) >= least).sum())
+    least, found = _kth_best(data, indices.shape[1]), 0
+    indices = indices.to(data.q32.device)
+    for q, rows, limit in zip(data.q32, indices, least, strict=True):
+        found += int((data.c32[rows].double() @ q.double() >= limit).sum())
     return found / indices.numel()
 
 
@@ -88,15 +102,37 @@ def fused(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return contrastive_loss(q, p, scale=SCALE)
 
 
-LOSSES = {"contrastive_loss": fused, "materialised PyTorch": materialised}
+def in_blocks(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The same in plain PyTorch with bounded memory: blocks of rows, recomputed in the backward."""
+    q, p = normalize(q, dim=1), normalize(p, dim=1)
+    labels = torch.arange(q.shape[0], device=q.device)
+
+    def part(rows: torch.Tensor, other: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(SCALE * (rows @ other.T).float(), at, reduction="sum")
+
+    total = q.new_zeros((), dtype=torch.float32)
+    for one, other in ((q, p), (p, q)):
+        for rows, at in zip(one.split(BLOCK), labels.split(BLOCK), strict=True):
+            total = total + checkpoint(part, rows, other, at, use_reentrant=False)
+    return total / (2 * q.shape[0])
 
 
-def pairs(count: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+LOSSES = {
+    "contrastive_loss": fused,
+    "materialised PyTorch": materialised,
+    "PyTorch in blocks, recomputed": in_blocks,
+}
+
+
+def pairs(
+    count: int, width: int, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Matching random vectors that need gradients."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(count, width, generator=generator)
     p = q / 8 + torch.randn(count, width, generator=generator)  # not so near that the loss is 0
-    return q.to(dtype).requires_grad_(), p.to(dtype).requires_grad_()
+    q, p = q.to(device, dtype), p.to(device, dtype)
+    return q.requires_grad_(), p.requires_grad_()
 
 
 def step(loss: str, q: torch.Tensor, p: torch.Tensor) -> float:

@@ -1,51 +1,90 @@
-"""The fast engine against the official loop, Qwen2-VL-2B shapes, random bfloat16 weights.
+"""Whole embeddings per input class: the fast engine, the official loop, and padded batches.
 
     pytest benchmarks/test_engine.py --benchmark-only --benchmark-json=out.json
-    python -m benchmarks.report out.json
+    ume bench report out.json
 
-Both engines run in one process on the same weights. The official loop takes one sample at a
-time, so its time per sample is measured on two and compared with the batch of the fast engine.
+All engines run in one process on the same random weights. The official loop takes one sample at a
+time, so its time per sample is measured on a few and compared with the batch of the others.
 """
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from benchmarks.machine import describe, peak_memory, reset_peak_memory
-from benchmarks.shaped import image_items, text_items, with_engine
+from benchmarks.machine import peak_memory, reset_peak_memory
+from benchmarks.record import record
+from benchmarks.rivals.batched import BatchedTransformers
+from benchmarks.scale import scale
+from benchmarks.shaped import image_items, page_items, text_items, video_items, with_engine
+from ume_models.embedders.plume import PlumeForEmbedding
 from ume_models.encode import encode_detailed
 
-CASES: dict[str, dict[str, Any]] = {
-    "text, batch 16": {"make": text_items, "fast": 16, "reference": 2},
-    "image of 256 tokens, batch 4": {"make": image_items, "fast": 4, "reference": 1},
-    "one text item": {"make": text_items, "fast": 1, "reference": 1},
-    "one image of 256 tokens": {"make": image_items, "fast": 1, "reference": 1},
+SIZE = scale()
+Make = Callable[[int, int], list[dict[str, Any]]]
+MAKE: dict[str, Make] = {
+    "text": lambda count, seed: text_items(count, seed=seed),
+    "image": lambda count, seed: image_items(count, SIZE.tokens["image"], seed),
+    "video": lambda count, seed: video_items(count, SIZE.tokens["video"], seed),
+    "page": lambda count, seed: page_items(count, SIZE.tokens["page"], seed),
 }
+WHAT = {
+    "text": "text",
+    "image": f"image of {SIZE.tokens['image']} tokens",
+    "video": f"video of 8 frames, {4 * SIZE.tokens['video']} tokens",
+    "page": f"page of {SIZE.tokens['page']} tokens",
+}
+CASES: dict[str, tuple[str, int]] = {
+    **{f"{WHAT[kind]}, batch {count}": (kind, count) for kind, count in SIZE.classes.items()},
+    "one text item": ("text", 1),
+    f"one image of {SIZE.tokens['image']} tokens": ("image", 1),
+}
+"""Input class and items of a batch; ``benchmarks.floor`` knows some of the names."""
 
 
-@pytest.mark.parametrize("engine", ["reference", "fast"])
+@pytest.mark.parametrize("engine", ["fast", "reference", "padded batches"])
 @pytest.mark.parametrize("case", CASES)
-def test_engine(benchmark: Any, model_2b: Any, case: str, engine: str) -> None:
-    setup = CASES[case]
-    model = with_engine(model_2b, engine)
+def test_engine(benchmark: Any, model: PlumeForEmbedding, case: str, engine: str) -> None:
+    kind, count = CASES[case]
+    taken = min(count, SIZE.official) if engine == "reference" else count
     # other seeds for the warm-up, so that nothing but the constant header is computed before
-    items = setup["make"](setup[engine], seed=1)
-    encode_detailed(model, setup["make"](1, seed=2))
-    benchmark.group = case
-    reset_peak_memory()
-    output = benchmark.pedantic(
-        encode_detailed, (model, items), rounds=3 if engine == "fast" else 2, iterations=1
-    )
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    items = MAKE[kind](taken, 1)
+    gc.collect()
+    reset_peak_memory(model.device)
+    before = peak_memory(model.device)
+    if engine == "padded batches":
+        rival = BatchedTransformers(model, count, compiled=model.device.type == "cuda")
+        for _ in range(3 if rival.compiled else 1):
+            rival.encode(MAKE[kind](count, 2))
+        record(
+            benchmark, lambda: rival.encode(items), section="input class", group=case,
+            engine=engine, role="rival", samples=taken, rounds=2, warm_up=0, filled=False,
+            shape=SIZE.shape,
+        )  # fmt: skip
+        benchmark.extra_info["extra_bytes"] = peak_memory(model.device) - before
+        return
+    with_engine(model, engine)
+    try:
+        # on a GPU the whole batch, which records the graph of its bucket
+        few = taken if SIZE.device.type == "cuda" else 1
+        encode_detailed(model, MAKE[kind](few, 2))
+        output = record(
+            benchmark, lambda: encode_detailed(model, items), section="input class", group=case,
+            engine=engine, role="ours" if engine == "fast" else "reference", samples=taken,
+            rounds=3 if engine == "fast" else 2, warm_up=0, filled=False, shape=SIZE.shape,
+        )  # fmt: skip
+    finally:
+        with_engine(model, "fast")
+    stats = output.stats
     benchmark.extra_info.update(
-        describe(),
-        engine=engine,
-        samples=len(items),
-        prompt_tokens=output.stats.tokens / output.stats.unique,
-        model_seconds=output.stats.model_seconds,
-        weight_bytes=weights,
+        prompt_tokens=stats.tokens / stats.unique,
+        model_seconds=stats.model_seconds,
+        wait_seconds=stats.wait_seconds,
+        plan_seconds=stats.plan_seconds,
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         arena_bytes=model.rollout.arena.nbytes if engine == "fast" else 0,
-        peak_bytes=peak_memory(),
+        extra_bytes=peak_memory(model.device) - before,
     )

@@ -2,7 +2,7 @@
 
     pytest benchmarks/test_gpu.py --benchmark-only --benchmark-json=out.json
 
-Each round is one replay of a CUDA graph and the wait for it, so that launches do not count.
+Calls that can be are replayed as one CUDA graph, so that their launches do not count.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.cost import Adapter, Decoder, rollout
 from benchmarks.gpu.prefilled import plan_of, prefill, prompts
 from benchmarks.gpu.sizes import REAL
-from benchmarks.gpu.timing import in_one_graph, synchronize
-from benchmarks.machine import describe, gpu_state
+from benchmarks.limits import floor
+from benchmarks.record import record
 from benchmarks.rivals.official_adapter import OfficialStyleAdapter
 from benchmarks.rivals.official_loop import OfficialRollout
 from benchmarks.shaped import shaped_model
@@ -32,13 +33,7 @@ def model() -> Any:
     return shaped_model(REAL.shape, REAL.dtype, REAL.layers, str(REAL.device))
 
 
-def run(benchmark: Any, work: Any, **info: Any) -> None:
-    def complete() -> None:
-        work()
-        synchronize(REAL.device)
-
-    benchmark.pedantic(complete, rounds=20, iterations=1, warmup_rounds=3)
-    benchmark.extra_info.update(describe(), nvml=gpu_state(), **info)
+ROLES = {"ours": "ours", "graph": "ours", "official": "reference", "eager": "rival"}
 
 
 @torch.no_grad()
@@ -50,13 +45,14 @@ def test_adapter(benchmark: Any, rows: int, kind: str) -> None:
         for _ in range(REAL.sets)
     ]
     z, context = torch.randn(2, rows, 1536, device=REAL.device).to(REAL.dtype).unbind(0)
-    benchmark.group = f"adapter, {rows} rows, {len(modules)} calls"
-    if kind == "ours":
-        calls = [lambda m=m: m(z, 3, context) for m in modules]
-        run(benchmark, in_one_graph(calls, REAL.device), rows=rows, calls=len(modules))
-        return
-    officials = [OfficialStyleAdapter(m) for m in modules]
-    run(benchmark, lambda: [m(z, 3, context) for m in officials], rows=rows, calls=len(modules))
+    made = modules if kind == "ours" else [OfficialStyleAdapter(m) for m in modules]
+    record(
+        benchmark, [lambda m=m: m(z, 3, context) for m in made],
+        section="operation", group=f"adapter, {rows} rows, {len(modules)} sets of weights",
+        engine="moe_transition" if kind == "ours" else "official module", role=ROLES[kind],
+        samples=rows, rounds=20, warm_up=3, graph=kind == "ours",
+        floor_seconds=floor([Adapter().work(1536, rows)]),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -65,7 +61,13 @@ def test_adapter(benchmark: Any, rows: int, kind: str) -> None:
 def test_rollout(benchmark: Any, model: Any, size: tuple[int, int], kind: str) -> None:
     rows, tokens = size
     plan, batch = plan_of(model), prompts(model, rows, tokens)
-    benchmark.group = f"rollout, {rows} rows, {tokens}-token prefixes"
+    steps, suffix = plan.steps, len(plan.suffix_ids)
+    parts = rollout(Decoder(model.config), Adapter(), rows, tokens, steps, suffix)
+    about = {
+        "section": "rollout", "group": f"rollout, {rows} rows, {tokens}-token prefixes",
+        "samples": rows, "rounds": 20, "warm_up": 3, "role": ROLES[kind], "filled": False,
+        "floor_seconds": floor(parts),
+    }  # fmt: skip
     if kind == "official":
         if rows > 1:
             pytest.skip("the official loop takes one row at a time")
@@ -75,6 +77,7 @@ def test_rollout(benchmark: Any, model: Any, size: tuple[int, int], kind: str) -
             official.prepare()  # a copy of 28 small tensors; the loop takes a hundred times longer
             official()
 
-        run(benchmark, work, rows=rows)
+        record(benchmark, work, engine="official loop", **about)
         return
-    run(benchmark, prefill(model, batch, plan, graphs=kind == "graph").roll, rows=rows)
+    roll = prefill(model, batch, plan, graphs=kind == "graph").roll
+    record(benchmark, roll, engine="fast engine" + ", no graph" * (kind == "eager"), **about)

@@ -9,7 +9,6 @@ and loading; pytest-benchmark's time is that of the whole process.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +17,37 @@ import pytest
 from benchmarks.machine import describe
 from benchmarks.patched_script import COUNTS, DTYPES, MODES, encode_seconds, make_checkpoint
 from benchmarks.patched_script import make_data as write_data
+from benchmarks.scale import scale
 
-SHAPES = ("small", "qwen2-vl-2b")
+SIZE = scale()
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=SIZE.scripts)
 def prepared(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
-    """Shape, checkpoint and data; UME_BENCH_LAYERS tries the benchmark itself."""
-    layers = os.environ.get("UME_BENCH_LAYERS")
-    shape = "tiny" if layers else request.param
+    """Shape, checkpoint and data."""
     folder = tmp_path_factory.mktemp("patching")
-    write_data(folder, COUNTS[shape])
-    make_checkpoint(shape, folder / "checkpoint")
+    write_data(folder, COUNTS[request.param])
+    make_checkpoint(request.param, folder / "checkpoint")
     return request.param, folder / "checkpoint", folder
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_script(benchmark: Any, prepared: tuple[str, Path, Path], mode: str) -> None:
-    name, checkpoint, data = prepared
-    tiny = "UME_BENCH_LAYERS" in os.environ
-    shape = "tiny" if tiny else name
+    shape, checkpoint, data = prepared
     seconds: list[float] = []
-    benchmark.group = f"evaluation script, {name}"
+    benchmark.group = f"evaluation script, {shape}, {DTYPES[shape]}"
     benchmark.pedantic(
         lambda: seconds.append(encode_seconds(shape, checkpoint, data, mode)),
-        rounds=1 if tiny else 2,
+        rounds=2 if SIZE.name == "full" else 1,
         iterations=1,
     )
     benchmark.extra_info.update(
         describe(),
-        operation="patching",
+        section="scripts",
         engine=mode,
-        tiny=tiny,
+        role="reference" if mode == "as it is" else "ours",
+        size=SIZE.name,
+        tiny=SIZE.tiny,
         dtype=DTYPES[shape],
         samples=2 * COUNTS[shape],
         encode_seconds=min(seconds),

@@ -1,69 +1,77 @@
-"""Search and contrastive loss on the CPU against what else there is, in one run.
+"""Search and contrastive loss against what else there is, in one run.
 
-    pytest benchmarks/test_similarity.py --benchmark-only --benchmark-json=out.json
-    python -m benchmarks.report out.json
-
-``UME_BENCH_SIMILARITY=tiny`` takes sizes that show that the benchmark runs, and measure nothing.
+pytest benchmarks/test_similarity.py --benchmark-only --benchmark-json=out.json
+ume bench report out.json
 """
 
 from __future__ import annotations
 
-import os
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.cost import contrastive_loss, similarity_topk
+from benchmarks.limits import floor
 from benchmarks.loss_memory import extra_bytes
-from benchmarks.machine import describe
+from benchmarks.machine import peak_memory, reset_peak_memory
+from benchmarks.record import Role, record
+from benchmarks.scale import scale
 from benchmarks.similarity_engines import ENGINES, LOSSES, Corpus, corpus, pairs, recall, step
 
-TINY = os.environ.get("UME_BENCH_SIMILARITY") == "tiny"
-WIDTH = 48 if TINY else 1536
-QUERIES, CANDIDATES, K = (8, 3000, 100) if TINY else (256, 100_000, 100)
-PAIRS = 200 if TINY else 8192
+SIZE = scale()
+QUERIES, CANDIDATES, PAIRS = SIZE.search
+WIDTH, K = SIZE.width, 100
 
 
 @cache
 def data() -> Corpus:
-    return corpus(QUERIES, CANDIDATES, WIDTH)
+    return corpus(QUERIES, CANDIDATES, WIDTH).to(SIZE.device)
+
+
+def role(engine: str) -> Role:
+    if engine.startswith(("similarity_topk", "contrastive_loss")):
+        return "ours"
+    return "reference" if engine.startswith(("official", "materialised")) else "rival"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_search(benchmark: Any, engine: str) -> None:
     if engine.startswith("faiss"):
         pytest.importorskip("faiss")
-    benchmark.group = f"top-{K} of {CANDIDATES:,}, {QUERIES} queries, D = {WIDTH}"
     search = ENGINES[engine](data(), K)
     slow = engine.startswith("official")
-    found = benchmark.pedantic(search, rounds=1 if slow else 5, warmup_rounds=0 if slow else 1)
+    work = similarity_topk(QUERIES, CANDIDATES, WIDTH, K)
+    found = record(
+        benchmark, search, section="operation", engine=engine, role=role(engine), samples=QUERIES,
+        group=f"top-{K} of {CANDIDATES:,}, {QUERIES} queries, D = {WIDTH}", filled=False,
+        rounds=1 if slow else 5, warm_up=0 if slow else 1,
+        floor_seconds=floor([work]) if engine.endswith("bf16") else None,
+    )  # fmt: skip
     share = recall(found, data())
     if "torch bf16" not in engine:  # it ranks scores that were rounded to bfloat16
         assert share == 1.0
-    benchmark.extra_info.update(
-        describe(), operation="similarity", faiss=version("faiss-cpu"), tiny=TINY, engine=engine,
-        recall=share,
-    )  # fmt: skip
+    benchmark.extra_info["recall"] = share
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss(benchmark: Any, loss: str, dtype: str) -> None:
-    benchmark.group = f"loss, forward + backward, N = M = {PAIRS:,}, D = {WIDTH}, {dtype}"
-    q, p = pairs(PAIRS, WIDTH, getattr(torch, dtype))
-    value = benchmark.pedantic(step, (loss, q, p), rounds=3, warmup_rounds=1)
+    q, p = pairs(PAIRS, WIDTH, getattr(torch, dtype), SIZE.device)
+    reset_peak_memory(SIZE.device)
+    before = peak_memory(SIZE.device)
+    work = contrastive_loss(PAIRS, PAIRS, WIDTH, backward=True)
+    value = record(
+        benchmark, lambda: step(loss, q, p), section="training", engine=loss, role=role(loss),
+        group=f"loss, forward + backward, N = M = {PAIRS:,}, D = {WIDTH}, {dtype}", rounds=3,
+        samples=PAIRS, filled=False,
+        floor_seconds=floor([work]) if dtype == "bfloat16" else None,
+    )  # fmt: skip
+    if SIZE.device.type == "cuda":
+        benchmark.extra_info["extra_bytes"] = peak_memory(SIZE.device) - before
+    else:  # in a process of its own: this one keeps what it once allocated
+        threads = torch.get_num_threads()
+        benchmark.extra_info["extra_bytes"] = extra_bytes(loss, PAIRS, WIDTH, dtype, threads)
     other = step("materialised PyTorch", q, p)
     assert value == pytest.approx(other, rel=1e-2 if dtype == "bfloat16" else 1e-4)
-    extra = extra_bytes(loss, PAIRS, WIDTH, dtype, torch.get_num_threads())
-    benchmark.extra_info.update(
-        describe(), operation="similarity", tiny=TINY, engine=loss, extra_bytes=extra
-    )
-
-
-def version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Plain `pytest` leaves the root, where benchmarks/ is, out of the path.
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_session, report  # noqa: E402
+from benchmarks import gpu_session  # noqa: E402
 from benchmarks.gpu import adapter, ceilings, rollout, sweep  # noqa: E402
 from benchmarks.gpu.figures import Recorder, collect, line, read  # noqa: E402
 from benchmarks.gpu.prefilled import plan_of, prefill, prompts  # noqa: E402
@@ -25,7 +24,11 @@ from benchmarks.rivals.official_loop import OfficialRollout  # noqa: E402
 from benchmarks.rivals.static_cache import StaticCacheRollout  # noqa: E402
 from benchmarks.shaped import shaped_model  # noqa: E402
 from ume_kernels import MoETransition, tuning  # noqa: E402
+from ume_models.commands.bench.keeping import refuse_try  # noqa: E402
+from ume_models.commands.bench.reading import read_results  # noqa: E402
+from ume_models.commands.bench.tables import markdown, session_table  # noqa: E402
 from ume_models.embedders.plume import PlumeSettings  # noqa: E402
+from ume_models.errors import DataError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +64,8 @@ def test_a_dry_run_is_refused_by_the_report(tmp_path):
     Recorder(tmp_path, "x", dry_run=True).add("a", Timing(1.0, 1.0, 1.0, 1, None))
     results = collect(tmp_path, [], dry_run=False)
     assert results["dry_run"], "one dry figure makes all of them dry"
-    for use in (report.gpu_markdown, report.trimmed):
-        with pytest.raises(ValueError, match="dry run"):
-            use(results)
-    command = [sys.executable, "-m", "benchmarks.report", str(tmp_path / "results.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "dry run" in done.stderr
+    with pytest.raises(DataError, match="dry run"):
+        refuse_try(read_results(tmp_path / "results.json"))
 
 
 def test_the_report_of_a_session(tmp_path):
@@ -79,11 +77,11 @@ def test_the_report_of_a_session(tmp_path):
     record.missed("rival", "it did not compile")
     results = collect(tmp_path, [], dry_run=False)
     results["machine"]["gpu"] = {"name": "NVIDIA H200", "driver": "580"}
-    table = report.gpu_markdown(results)
-    assert "| adapter | 20.0 µs | – | – | **20.0×** the official module | 1980 MHz" in table
+    table = markdown(session_table(results))
+    assert "| adapter | 20.0 µs | – | – | 20.0× the official module | 1980 MHz" in table
     assert "| copy bandwidth | 4.3 TB/s |" in table
     assert "Not measured: rival (it did not compile)." in table
-    assert report.trimmed(results) == results
+    assert read_results(tmp_path / "results.json").kept["figures"] == results["figures"]
     assert "not measured" in line(read(tmp_path)[-1])
 
 

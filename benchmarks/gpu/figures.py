@@ -1,7 +1,7 @@
 """Figures of a GPU session: one JSON line per figure, written at once; one file in the end.
 
 A run that is cut loses only the figure it was measuring. A dry run (tiny sizes on a CPU) writes the
-same files with ``dry_run`` true, and ``benchmarks.report`` refuses them.
+same files with ``dry_run`` true, and ``ume bench report`` refuses them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The rollout as ``torch.compile`` makes it fast: static key/value buffers, captured steps.
 
-This is the recipe of gpt-fast for batches of equal lengths: buffers of fixed size written by
-index, one compiled step replayed K - 1 times, one compiled chunk for the last latent and the
-suffix. ``mode="reduce-overhead"`` fuses what it can and captures each of the two into a CUDA graph.
-Prompts of different lengths in one batch are beyond it.
+This is the recipe of gpt-fast: buffers of fixed size written by index, one compiled step replayed
+K - 1 times, one compiled chunk for the last latent and the suffix. ``mode="reduce-overhead"`` fuses
+what it can and captures each of the two into a CUDA graph. Prompts of different lengths in one
+batch are padded on the left.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.rivals.packed_adapter import PackedAdapter
 from ume_kernels import MoETransition
 from ume_models.backbone.config import BackboneConfig
 from ume_models.backbone.text import TextModel
@@ -39,7 +40,7 @@ class StaticCacheRollout(nn.Module):
         text: the decoder.
         adapter: the latent transition.
         suffix_ids: forced tokens after the latents.
-        steps: K ≥ 1.
+        steps: K ≥ 0.
         rows: batch size B.
         capacity: tokens per row of the buffers.
         compiled: False runs the same code eagerly.
@@ -58,7 +59,7 @@ class StaticCacheRollout(nn.Module):
     ) -> None:
         super().__init__()
         # As modules and buffers their addresses are static, so that graphs do not copy them.
-        self.text, self.adapter = text, adapter
+        self.text, self.adapter = text, PackedAdapter(adapter)
         self.steps, self.config = steps, config
         weight = text.embed_tokens.weight
         size = (config.num_layers, 2, rows, config.num_kv_heads, capacity, config.head_dim)
@@ -67,59 +68,34 @@ class StaticCacheRollout(nn.Module):
         suffix = torch.tensor(suffix_ids, device=weight.device)
         embedded = F.embedding(suffix, weight).detach().expand(rows, -1, -1).contiguous()
         self.register_buffer("suffix", embedded, persistent=False)
-        experts = adapter.weights()
-        for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"):
-            value = getattr(experts, name)
-            if not isinstance(value, torch.Tensor):
-                value = torch.stack(list(value)).detach()
-            self.register_buffer(name, value, persistent=False)
+        pads = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        self.register_buffer("pads", pads, persistent=False)
         options: dict[str, Any] = {"mode": MODE, "fullgraph": True, "dynamic": False}
         self._step = torch.compile(self.step, **options) if compiled else self.step
         self._last = torch.compile(self.last, **options) if compiled else self.last
 
-    def load(self, cache: torch.Tensor) -> None:
-        """Take over the prefill's keys and values ``[layers, 2, B, Hkv, C', dh]``, C' ≤ C."""
+    def load(self, cache: torch.Tensor, pads: torch.Tensor | None = None) -> None:
+        """Take over the prefill's keys and values ``[layers, 2, B, Hkv, C', dh]``, C' ≤ C.
+
+        ``pads`` int64 ``[B]``: how many of the C' tokens of each row are padding on the left.
+        """
         self.cache.zero_()
+        self.pads.zero_() if pads is None else self.pads.copy_(pads)
         self.cache[:, :, :, :, : cache.shape[4]].copy_(cache)
 
-    def transition(
-        self, z: torch.Tensor, context: torch.Tensor, step: torch.Tensor
-    ) -> torch.Tensor:
-        """The adapter without host reads; one row reads only the experts it chose."""
-        a = self.adapter
-        embedded = a.step_embed.weight[step].expand(z.shape[0], -1)
-        logits = a.router(torch.cat([z + context, embedded], dim=-1))
-        top, chosen = logits.float().softmax(-1).topk(a.top_k, dim=-1)
-        u = F.layer_norm(z, (z.shape[-1],), a.ln.weight, a.ln.bias, a.ln.eps)
-        if z.shape[0] == 1:
-            hidden = torch.einsum("kod,d->ko", self.fc1_weight[chosen[0]], u[0])
-            hidden = F.gelu(hidden + self.fc1_bias[chosen[0]])
-            every = torch.einsum("kdo,ko->kd", self.fc2_weight[chosen[0]], hidden)
-            every = (every + self.fc2_bias[chosen[0]])[None]
-        else:
-            hidden = torch.baddbmm(
-                self.fc1_bias[:, None], u.expand(a.num_experts, -1, -1), self.fc1_weight.mT
-            )
-            out = torch.baddbmm(self.fc2_bias[:, None], F.gelu(hidden), self.fc2_weight.mT)
-            index = chosen[..., None].expand(-1, -1, z.shape[-1])
-            every = out.transpose(0, 1).gather(1, index)
-        mix = (top.to(z.dtype)[..., None] * every).sum(1)
-        if a.shared_expert is not None:
-            s = a.shared_expert
-            mix = mix + s.fc2(F.gelu(s.fc1(u)))
-        return z + mix
-
     def decode(self, hidden: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """``Q`` new tokens per row ``[B, Q, D]`` from int64 ``position`` ``[1]`` on."""
+        """``Q`` new tokens per row ``[B, Q, D]`` in slots from int64 ``position`` ``[1]`` on."""
         c = self.config
         rows, queries, _ = hidden.shape
         group = c.num_heads // c.num_kv_heads
         at = position + torch.arange(queries, device=hidden.device)
-        angles = at[:, None].float() * self.inv_freq
+        angles = (at - self.pads[:, None])[..., None].float() * self.inv_freq
         angles = torch.cat([angles, angles], dim=-1)
-        cos, sin = angles.cos().to(hidden.dtype)[:, None], angles.sin().to(hidden.dtype)[:, None]
-        seen = torch.arange(self.cache.shape[4], device=hidden.device) <= at[:, None]
-        mask = seen[None].expand(group, -1, -1).reshape(1, 1, group * queries, -1)
+        cos = angles.cos().to(hidden.dtype)[:, :, None]
+        sin = angles.sin().to(hidden.dtype)[:, :, None]
+        slots = torch.arange(self.cache.shape[4], device=hidden.device)
+        seen = (slots <= at[:, None]) & (slots >= self.pads[:, None, None])
+        mask = seen[:, None].expand(-1, group, -1, -1).reshape(rows, 1, group * queries, -1)
         for number, layer in enumerate(self.text.layers):
             w = layer.self_attn
             n = _norm(hidden, layer.input_layernorm.weight, c.rms_eps)
@@ -148,7 +124,7 @@ class StaticCacheRollout(nn.Module):
         position: torch.Tensor,
     ) -> torch.Tensor:
         """One latent step: ``[B, D]`` to ``[B, D]``."""
-        return self.decode(self.transition(z, context, number)[:, None], position)[:, 0]
+        return self.decode(self.adapter(z, context, number)[:, None], position)[:, 0]
 
     def last(
         self,
@@ -157,15 +133,17 @@ class StaticCacheRollout(nn.Module):
         number: torch.Tensor,
         position: torch.Tensor,
     ) -> torch.Tensor:
-        """The last latent and the suffix as one chunk; the state at the last token."""
-        latent = self.transition(z, context, number)[:, None]
+        """The last latent, if any, and the suffix as one chunk; the state at the last token."""
+        if not self.steps:
+            return self.decode(self.suffix, position)[:, -1]
+        latent = self.adapter(z, context, number)[:, None]
         return self.decode(torch.cat([latent, self.suffix], dim=1), position)[:, -1]
 
     @torch.no_grad()
     def forward(self, z: torch.Tensor, context: torch.Tensor, length: int) -> torch.Tensor:
-        """Roll out rows whose prompts have ``length`` tokens each; ``[B, D]``."""
+        """Roll out rows whose prompts take ``length`` slots each, padding included; ``[B, D]``."""
         device = z.device
-        numbers = torch.arange(self.steps, device=device)[:, None]
+        numbers = torch.arange(max(self.steps, 1), device=device)[:, None]
         positions = length + numbers
         for k in range(self.steps - 1):
             # Cloned, since the next replay of the same graph overwrites its own output.
