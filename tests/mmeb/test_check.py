@@ -6,17 +6,24 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import ume_models
+from ume_models.encode import encode
+from ume_models.errors import ItemError
+from ume_models.mmeb.answers import problems_of_answers
 from ume_models.mmeb.benchmarks import benchmark
-from ume_models.mmeb.check import Problem, check
-from ume_models.mmeb.dataset import Labels, ReadOptions
+from ume_models.mmeb.check import Problem, _look, check
+from ume_models.mmeb.dataset import Labels, ListedCandidates, Query, ReadOptions, TaskData
 from ume_models.mmeb.miniature import write_miniature
+from ume_models.mmeb.picture_check import PictureCheck
 from ume_models.mmeb.readers import read_task
 from ume_models.mmeb.tasks import Task
+from ume_models.processing.items import Item
 
 TASKS = {(task.benchmark, task.name): task
          for name in ("M-BEIR", "MMEB-v1", "MMEB-v2") for task in benchmark(name)}  # fmt: skip
@@ -246,6 +253,75 @@ def test_pictures_inside_of_tables_are_looked_at(tmp_path: Path) -> None:
     problem = only(TASKS["MMEB-v2", "ViDoRe_arxivqa"], tmp_path)
     assert problem.where.startswith(f"candidate {pages[2]['corpus-id']}, 0 (")
     assert "truncated" in problem.where
+
+
+def one_answer_only(grades: tuple[float, ...] | None = None, **changes: object) -> Query:
+    query = Query(Item("?", id="1"), ("b",), grades, candidates=("a", "b"))
+    return replace(query, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("task", "queries", "problem"),
+    [
+        (CIRR, [one_answer_only()], ""),
+        (CIRR, [one_answer_only(relevant=("c",))], "not among their candidates: 1 ('c'); get"),
+        # A candidate of other queries cannot be found by this one.
+        (CIRR, [one_answer_only(candidates=("a",))], "not among their candidates: 1 ('b'); get"),
+        (CLIPS, [one_answer_only(candidates=())], ""),
+        (CLIPS, [one_answer_only(relevant=("d",))], "1 of 1 queries are not among"),
+        (CIRR, [one_answer_only(), one_answer_only()], "1 of 2 queries have an id that another"),
+        (CIRR, [one_answer_only(relevant=())], "1 of 1 queries have no answer: 1; download"),
+        (CIRR, [one_answer_only(candidates=())], "have no candidates to be ranked among: 1; "),
+        (CLIPS, [one_answer_only((1.0, 2.0))], "have not as many grades as answers: 1; "),
+        (CIRR, [], "there are no queries; download"),
+    ],
+)
+def test_problems_of_answers(task: Task, queries: list[Query], problem: str) -> None:
+    candidates = ListedCandidates([(name, Item(name, id=name)) for name in "abc"])
+    found = problems_of_answers(TaskData(task, queries, candidates))
+    assert len(found) == bool(problem) and all(problem in text for text in found)
+
+
+def test_one_task_that_cannot_be_read_leaves_the_others(root: Path) -> None:
+    """Names that are too long for the disk, and tables nested too deeply."""
+    rewrite(root / "image-tasks/CIRR/test.jsonl", ["[" * 100_000])
+    moments = root / "video-tasks/QVHighlight/test.jsonl"
+    moments.parent.mkdir(parents=True)
+    rewrite(moments, [{"query": "q", "video_path": "a" * 300 + ".mp4"}])
+    (root / "video-tasks/frames/video_mret/QVHighlight").mkdir(parents=True)
+    cut(root / "video-tasks/frames/video_ret/MSR-VTT/frames/video7012/frame_9.png")
+    problems = check([CIRR, TASKS["MMEB-v2", "QVHighlight"], CLIPS], root)
+    assert [problem.task for problem in problems] == ["CIRR", "QVHighlight", "MSR-VTT"]
+    assert "is not JSON" in problems[0].what and "too long" in problems[1].what
+    assert "get the table again" in problems[1].what
+
+
+def test_frames_of_different_sizes_are_named(root: Path) -> None:
+    folder = root / "video-tasks/frames/video_ret/MSR-VTT/frames/video7012"
+    frame = folder / "frame_9.png"
+    with Image.open(frame) as opened:
+        size = opened.size
+        # Embedding resizes to multiples of 28, so a pixel more changes nothing.
+        opened.resize((size[0] + 1, size[1])).save(frame)
+    assert check([CLIPS], root) == []
+    Image.new("RGB", (size[0] + 56, size[1])).save(frame)
+    problem = only(CLIPS, root)
+    assert problem.what == "the frames of 1 of 10 videos are of different sizes"
+    assert problem.where.startswith(f"{folder} (resized to ") and " and " in problem.where
+    candidates = read_task(CLIPS, root, ReadOptions()).candidates
+    clip = candidates.item(candidates.names.index("video7012"))
+    with pytest.raises(ItemError, match="another size than the first frame"):
+        encode(ume_models.load(empty="reference", device="cpu"), [clip])
+
+
+def test_halves_of_characters_are_named(root: Path) -> None:
+    data = read_task(CIRR, root, ReadOptions())
+    for text, id in (("a \ud83d", "0"), ("a", "\udc00")):
+        wrong = _look(Item(text, id=id), "query", PictureCheck(), False)
+        assert [kind for kind, _, _ in wrong] == ["text"]
+        assert "half a character" in wrong[0][2]
+        wrong[0][1].encode()
+    assert _look(data.queries[0].item, "query", PictureCheck(), False)[0][0] == "opened"
 
 
 def test_the_number_of_threads_does_not_matter(root: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ume_models.errors import StoreError
 from ume_models.mmeb.agreement import kendall_tau, paired_cosines, rank_agreement
 from ume_models.mmeb.compare import Comparison, Setting, compare
+from ume_models.mmeb.embeddings import task_embeddings
 from ume_models.mmeb.intervals import holm, sign_flip_means, two_sided_p
 from ume_models.mmeb.metrics import Ranking
 from ume_models.mmeb.results import RunFolder, score_task
@@ -108,6 +109,42 @@ def test_what_cannot_be_compared_is_listed(tmp_path: Path) -> None:
     ]
     nothing = compare(run(tmp_path / "c", {}), run(tmp_path / "d", {}))
     assert (nothing.tasks, nothing.overall) == ([], None)
+
+
+def test_scores_that_a_run_does_not_stand_by_are_not_compared(tmp_path: Path) -> None:
+    one = found({"1": "ab"})
+    a = run(tmp_path / "a", {"both": one, "stale": one, "old": one})
+    b = run(tmp_path / "b", {"both": one, "stale": one})
+    missing = [Missing("stale", "2 media files are missing"), Missing("old", "was not run")]
+    (a.path / "summary.json").write_text(json.dumps({"missing": [vars(m) for m in missing]}))
+    comparison = compare(a, b)
+    assert [t.task for t in comparison.tasks] == ["both"]
+    assert comparison.not_compared == [
+        Missing("old", f"{tmp_path / 'a'} lists it as missing: was not run"),
+        Missing("stale", f"{tmp_path / 'a'} lists it as missing: 2 media files are missing"),
+    ]
+    assert compare(b, a).not_compared == comparison.not_compared
+    (b.path / "summary.json").write_text("[]")
+    with pytest.raises(StoreError, match=r"b.summary\.json is damaged"):
+        compare(a, b)
+
+
+def test_listings_without_queries_are_named(tmp_path: Path) -> None:
+    a = run(tmp_path / "a", {"t": found({"1": "ab"})})
+    path = a.path / "tasks" / "t" / "items.json"
+    for listing in (
+        {"queries": [], "candidates": [["a", "k"]]},
+        {"queries": ["k"], "candidates": []},
+    ):
+        path.write_text(json.dumps(listing))
+        with pytest.raises(StoreError, match=r"items\.json lists no queries or no .*ume eval"):
+            compare(a, a, task_embeddings)
+    path.write_text("[" * 100_000)
+    with pytest.raises(StoreError, match=r"items\.json .*ume eval"):
+        compare(a, a, task_embeddings)
+    path.write_text(json.dumps({"queries": ["k"], "candidates": [["a", "k"]]}))
+    (t,) = compare(a, a, task_embeddings).tasks  # nothing embedded there
+    assert t.query_cosine is None
 
 
 def test_settings_that_differ_are_listed(tmp_path: Path) -> None:

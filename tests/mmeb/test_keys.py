@@ -56,7 +56,7 @@ def test_a_changed_file_gets_another_key_and_an_unchanged_one_is_not_read_again(
     keys = ContentKeys(tmp_path / "media.json", tmp_path)
     before = keys.keys(lambda _: item, 1)
     keys.save()
-    assert list(json.loads((tmp_path / "media.json").read_text())) == ["0.png"]
+    assert list(json.loads((tmp_path / "media.json").read_text())["files"]) == ["0.png"]
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.read_bytes", lambda path: pytest.fail(f"{path} was read"))
         patch.setattr("ume_models.mmeb.keys._read_cache", lambda path: dict(keys._known))
@@ -74,7 +74,17 @@ def test_a_missing_file_is_told_and_keeps_its_items_apart(tmp_path):
     assert sorted(keys.missing) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
 
 
-def test_a_damaged_cache_is_made_anew(tmp_path, pictures):
-    (tmp_path / "media.json").write_text('{"0.png": [1]')
-    [key] = keys_of(tmp_path, Item(images=(pictures[0],)))
-    assert key.startswith("image-")
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("1", "2")])
+def test_a_damaged_cache_is_made_anew(tmp_path, pictures, damage):
+    cache, items = tmp_path / "media.json", [Item(images=(path,)) for path in pictures]
+    keys = ContentKeys(cache, tmp_path)
+    before = keys.keys(lambda i: items[i], 3)
+    keys.save()
+    cache.write_text(damage(cache.read_text()))
+    assert keys_of(tmp_path, *items) == before
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path):
+    keys = ContentKeys(None, tmp_path)
+    assert keys.keys(lambda _: Item(images=(tmp_path / "a\0b.png",)), 1)
+    assert len(keys.missing) == 1

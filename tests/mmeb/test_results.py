@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from ume_models.mmeb.intervals import mean_interval, resampled_means
 from ume_models.mmeb.metrics import Ranking, query_values
 from ume_models.mmeb.predictions import read_official_predictions
 from ume_models.mmeb.results import RunFolder, TaskScore, score_task
+from ume_models.mmeb.score_file import ScoreFile
 from ume_models.mmeb.summary import Missing, Summary, summarise
 from ume_models.mmeb.tasks import Modality, Source, Task
 
@@ -172,7 +176,9 @@ def test_damaged_scores_are_named(tmp_path: Path, damage: str) -> None:
     assert not folder.finished("animals")
 
 
-@pytest.mark.parametrize("field", ["score", "interval", "predictions_sha256"])
+@pytest.mark.parametrize(
+    "field", ["score", "interval", "predictions_sha256", "made_from", "sha256"]
+)
 def test_missing_fields_are_named(tmp_path: Path, field: str) -> None:
     folder, rankings = RunFolder(tmp_path), classified([True])
     folder.write(score_task(task("animals"), rankings, 2), rankings)
@@ -182,6 +188,145 @@ def test_missing_fields_are_named(tmp_path: Path, field: str) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(StoreError, match=f"scores.json is damaged .*{field}"):
         folder.score("animals")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"score": 0.5', '"score": 0.123'),
+        ('"score": 0.5', '"score": NaN'),
+        ('"queries": 2', '"queries": 3'),
+        ('"made_from": "tables"', '"made_from": "others"'),
+        ('"legacy": false', '"legacy": false,\n "colour": "blue"'),
+    ],
+)
+def test_an_edited_score_is_noticed(tmp_path: Path, before: str, after: str) -> None:
+    folder, rankings = RunFolder(tmp_path), classified([True, False])
+    folder.write(score_task(task("animals"), rankings, 2), rankings, made_from="tables")
+    path = tmp_path / "tasks" / "animals" / "scores.json"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    assert not folder.finished("animals")
+    with pytest.raises(StoreError, match=r"scores\.json is damaged: .*checksum.*ume eval"):
+        folder.scores()
+    # other spaces are no other score
+    path.write_text(json.dumps(json.loads(text)))
+    assert folder.finished("animals")
+
+
+def test_a_copy_of_another_task_is_noticed(tmp_path: Path) -> None:
+    folder, rankings = RunFolder(tmp_path), classified([True, False])
+    folder.write(score_task(task("animals"), rankings, 2), rankings)
+    shutil.copytree(tmp_path / "tasks" / "animals", tmp_path / "tasks" / "plants")
+    assert folder.finished("animals") and not folder.finished("plants")
+    with pytest.raises(StoreError, match=r"plants.scores\.json is the score of animals; delete"):
+        folder.scores()
+
+
+def test_a_score_tells_what_it_was_made_from(tmp_path: Path) -> None:
+    folder, rankings = RunFolder(tmp_path), classified([True, False])
+    score = score_task(task("animals"), rankings, 2)
+    folder.write(score, rankings)
+    assert folder.made_from("animals") == ""
+    folder.write(score, rankings, made_from="a1b2")
+    assert folder.made_from("animals") == "a1b2"
+    assert folder.score("animals") == score
+    with pytest.raises(StoreError, match="missing"):
+        folder.made_from("plants")
+
+
+def test_discarded_results_are_gone_and_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rankings = RunFolder(tmp_path), classified([True, False])
+    for name in ("animals", "plants"):
+        folder.write(score_task(task(name), rankings, 2), rankings)
+    listing = tmp_path / "tasks" / "animals" / "items.json"
+    listing.write_text("{}")
+    real, removed = Path.unlink, []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        removed.append(path.name)
+        real(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    folder.discard("animals")
+    assert removed == ["scores.json", "predictions.jsonl"]  # stopped between them: not done
+    assert [*listing.parent.iterdir()] == [listing]
+    assert [*folder.scores()] == ["plants"]
+    folder.discard("animals")
+    folder.discard("never there")
+    with pytest.raises(ValueError, match="folder"):
+        folder.discard("..")
+
+
+def test_the_tasks_that_a_summary_lists_as_missing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.missing() == {}
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(summary().to_json()))
+    assert folder.missing() == {"scenes": "no tables", "moments": "was not run"}
+    for damage in ("{", "{}", '{"missing": [1]}', '{"missing": null}', "[" * 100_000):
+        path.write_text(damage)
+        with pytest.raises(StoreError, match=r"summary\.json .*ume eval"):
+            folder.missing()
+
+
+def signed(folder: RunFolder, name: str, lines: Sequence[str]) -> None:
+    """Replace the predictions of a task, checksums included."""
+    path = folder.path / "tasks" / name
+    data = "".join(line + "\n" for line in lines).encode()
+    found = ScoreFile.read(path / "scores.json")
+    (path / "predictions.jsonl").write_bytes(data)
+    found = replace(found, predictions_sha256=hashlib.sha256(data).hexdigest())
+    (path / "scores.json").write_bytes(found.to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"id": None}, "KeyError.*id"),
+        ({"id": 3}, "id.*has a int"),
+        ({"value": "0.5"}, "value.*has a str"),
+        ({"value": True}, "value.*has a bool"),
+        ({"value": float("nan")}, "not finite"),
+        ({"prediction": "yes"}, "prediction.*has a str"),
+        ({"scores": [0.75, [0.5]]}, "scores.*has a list"),
+        ({"scores": [0.75]}, "1 scores for 2"),
+        ({"rel_scores": [10**400]}, "OverflowError"),
+        ({"label": [None]}, "label.*has a NoneType"),
+    ],
+)
+def test_predictions_with_a_right_checksum_are_looked_at(
+    tmp_path: Path, change: dict[str, object], told: str
+) -> None:
+    folder, rankings = RunFolder(tmp_path), classified([True, False])
+    folder.write(score_task(task("animals"), rankings, 2), rankings)
+    lines = (tmp_path / "tasks" / "animals" / "predictions.jsonl").read_text().splitlines()
+    fields = {**json.loads(lines[1]), **change}
+    if change == {"id": None}:
+        del fields["id"]
+    signed(folder, "animals", [lines[0], json.dumps(fields)])
+    for read in (folder.values, folder.rankings):
+        with pytest.raises(StoreError, match=f"line 2 is not a prediction .*{told}"):
+            read("animals")
+    signed(folder, "animals", lines[:1])
+    assert not folder.finished("animals")
+    with pytest.raises(StoreError, match="1 lines for 2 queries"):
+        folder.values("animals")
+    signed(folder, "animals", [lines[0], "[" * 100_000])
+    with pytest.raises(StoreError, match="line 2 is not a prediction"):
+        folder.values("animals")
+
+
+def test_one_repeated_id_of_many_is_named_at_once() -> None:
+    rankings = [Ranking(str(n), ("a",), (), ("a",)) for n in range(50_000)]
+    rankings.append(rankings[-1])
+    started = time.process_time()
+    with pytest.raises(DataError, match="two queries have the id '49999'"):
+        score_task(task("animals"), rankings, 1)
+    assert time.process_time() - started < 2  # counted for each name, it took half a minute
 
 
 def test_one_flipped_bit_of_the_predictions_is_noticed(tmp_path: Path) -> None:

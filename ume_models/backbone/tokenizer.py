@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ume_models.backbone.config import read_json
 from ume_models.errors import CheckpointError
@@ -28,6 +29,19 @@ class TokenIds:
     gen_emb: int
     disc_emb: int
     eos: frozenset[int]
+
+
+def splitting_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What decides, beside the vocabulary, into which tokens a text falls; JSON-serialisable."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer in Python: its class is its rules
+        return {"class": type(tokenizer).__name__}
+    rules = json.loads(backend.to_str())
+    # Pairs are written as lists or as strings, depending on the version of the library.
+    merges = [" ".join(pair) if isinstance(pair, list) else pair
+              for pair in rules["model"].get("merges", ())]  # fmt: skip
+    kept = {name: rules.get(name) for name in ("normalizer", "pre_tokenizer")}
+    return {**kept, "merges": merges}
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

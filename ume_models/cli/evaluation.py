@@ -298,6 +298,52 @@ def evaluate(
     command.run(_needed(data, "--data"), target, selection, encoding, options, **shared)
 
 
+bench = typer.Typer(name="bench", help="Results of the benchmarks.", no_args_is_help=True)
+
+
+@bench.callback()
+def _bench() -> None:
+    pass
+
+
+@bench.command()
+def report(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULTS.json",
+            help="What `pytest benchmarks --benchmark-only --benchmark-json=FILE` wrote, a GPU "
+            "session, or a kept file.",
+        ),
+    ],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Write tables, a page and plots there, too."
+        ),
+    ] = None,
+    keep: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="PATH",
+            help="Write what is worth keeping, without the names of machine and user: a folder "
+            "(then the name has machine and date) or a .json file.",
+        ),
+    ] = None,
+) -> None:
+    """Tables and plots of benchmark results.
+
+    [bold]Examples[/]
+
+        pytest benchmarks --benchmark-only --benchmark-json=out.json
+
+        ume bench report out.json -o report
+    """
+    from ume_models.commands import bench_report as command
+
+    command.run(files, output, keep)
+
+
 def _needed(value: Any, option: str) -> Any:
     if value is None:
         raise typer.BadParameter("is needed", param_hint=option)

@@ -15,7 +15,7 @@ from ume_models.cli import evaluation, items
 
 app = typer.Typer(
     name="ume",
-    help="Embed text, images, video and pages with a reasoning embedder, and search them.",
+    help="Embed text, images, video and pages with a reasoning embedder, search and evaluate.",
     epilog="Begin with: ume demo.  Help of a command: ume embed --help.  "
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but items were skipped, "
     "130 interrupted.  UME_DEBUG=1 shows the traceback of a failure.",
@@ -50,6 +50,7 @@ def _root(
 for _command in (items.demo, items.embed, items.search, items.doctor):
     app.command()(_command)
 app.command("eval")(evaluation.evaluate)
+app.add_typer(evaluation.bench)
 
 
 def main() -> None:

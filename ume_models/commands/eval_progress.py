@@ -31,7 +31,7 @@ class EvalProgress(progress.Progress):
         self._quiet = quiet
         self._totals: dict[Kind, int] = {}
         self._done: dict[Kind, int] = {}
-        self._told_at = 0.0
+        self._told_at = time.monotonic()  # the first line after a while, too
         self._bars: dict[Kind, TaskID] = {}
         self._display: Progress | None = None
         if not quiet and sys.stderr.isatty():

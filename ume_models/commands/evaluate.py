@@ -30,7 +30,7 @@ from ume_models.mmeb.team import Team, TeamError, TorchTeam, gather, local_devic
 from ume_models.retrieval.gallery import Section
 
 MINIATURE = "miniature"
-_AGAIN = "What is done is kept: run the same command again to go on."
+_AGAIN = "What is done is kept: run the same command again, without --overwrite, to go on."
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,15 @@ class Selection:
         """The tasks, in the order of the table.
 
         Raises:
-            DataError: a name is unknown.
+            typer.BadParameter: a name is unknown, or none is left of what was given.
         """
-        return select_tasks(
-            benchmark(self.benchmark), names=_split(self.tasks), modalities=_split(self.modalities)
-        )
+        names, modalities = _split(self.tasks), _split(self.modalities)
+        if (self.tasks and not names) or (self.modalities and not modalities):
+            raise typer.BadParameter("names no task; leave it out for all", param_hint="--tasks")
+        try:
+            return select_tasks(benchmark(self.benchmark), names=names, modalities=modalities)
+        except DataError as error:
+            raise typer.BadParameter(str(error)) from None
 
 
 def run(
@@ -124,18 +128,16 @@ def publish(
 
 def show_tasks(selection: Selection) -> None:
     """Print the tasks with what a reader of scores wants to know of them."""
-    from rich.table import Table
-
     with failures_reported():
-        table = Table(box=None, pad_edge=False)
-        for title in ("task", "group", "modality", "ranking", "metric", "tables"):
-            table.add_column(title, no_wrap=True)
-        labels = selection.reading.labels
+        rows = [("task", "group", "modality", "ranking", "metric", "tables")]
         for task in selection.chosen():
-            source = task.tables(labels)
+            source = task.tables(selection.reading.labels)
             where = f"{source.repository} {source.config or ''}".strip()
-            table.add_row(task.name, task.group, task.modality, task.ranking, task.metric, where)
-        results().print(table)
+            rows.append((task.name, task.group, task.modality, task.ranking, task.metric, where))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:  # never cut: names are there to be copied
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print("  ".join(cells).rstrip())
 
 
 def check(data: str, output: Path | None, selection: Selection, workers: int) -> None:

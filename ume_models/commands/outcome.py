@@ -75,7 +75,7 @@ def _message(error: Exception) -> str:
         return (
             "out of memory"
             + f": {said}" * bool(said)
-            + ("; `ume embed` needs less with a lower --batch-tokens or --shard-size")
+            + "; less is needed with lower --batch-tokens (and, for `ume embed`, --shard-size)"
         )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ume_kernels import MoETransition
 from ume_models.backbone.checkpoint import (
@@ -302,6 +303,18 @@ def _resize_vocabulary(
     return replace(config, vocab_size=size)
 
 
+class _Unfilled(TorchFunctionMode):
+    """Random initialisation does nothing: on the meta device it has torch import its compiler.
+
+    That takes two seconds, more than all else before the first embedding of a small model.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.nn.init.normal_, torch.nn.init.uniform_, torch.nn.init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _build(
     config: BackboneConfig,
     state: Mapping[str, torch.Tensor],
@@ -311,7 +324,7 @@ def _build(
 ) -> PlumeForEmbedding:
     """A model on the loaded tensors; nothing is initialised or copied."""
     tied = HEAD not in state
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         adapter = _adapter_shape(config, state, top_k) if use_adapter else None
         model = PlumeForEmbedding(config, adapter, config.vocab_size, tied)
     expected = {key: value.shape for key, value in model.state_dict().items()}

@@ -21,7 +21,7 @@ from ume_models.atomic import write_atomically
 from ume_models.backbone.checkpoint import write_json, write_state
 from ume_models.backbone.config import BackboneConfig
 from ume_models.backbone.text import TextModel
-from ume_models.backbone.tokenizer import TokenIds
+from ume_models.backbone.tokenizer import TokenIds, splitting_rules
 from ume_models.backbone.transformers_model import build_transformers_model
 from ume_models.backbone.vision import VisionModel
 from ume_models.embedders.library_files import write_library_files
@@ -154,7 +154,7 @@ class PlumeForEmbedding(nn.Module):
     def fingerprint(self) -> str:
         """Hash of everything that makes two loaded models give different embeddings.
 
-        All weights, the architecture, the vocabulary, the rendered prompt and the adapter's
+        All weights, the architecture, the tokenizer, the rendered prompt and the adapter's
         options. It reads every weight, once.
         """
         self._refresh_if_changed()
@@ -164,6 +164,7 @@ class PlumeForEmbedding(nn.Module):
                 # what save_pretrained may write anew without changing a number
                 "config": repr(replace(self.config, raw={})),
                 "vocabulary": sorted(self.tokenizer.get_vocab().items()),
+                "tokenizer": splitting_rules(self.tokenizer),
                 "prompts": [self.processor.template.render(k, "") for k in ((), ("image",))],
                 "ids": [self.prefix_ids, self.suffix_ids, sorted(self.tokens.eos)],
                 "top_k": getattr(self.latent_moe_transition, "top_k", None),

@@ -61,7 +61,9 @@ class ParquetTable(Table):
                         self._starts.append(self._starts[-1] + rows)
         self.columns = list(names)
         self._lock = threading.Lock()
-        self._cache: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()  # by first row
+        # Runs of cells by column and first row, and where each cached cell is: its run's first row.
+        self._cache: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
+        self._firsts: dict[tuple[str, int], int] = {}
         self._cached = 0
         self._stream: tuple[str, int, Iterator[pa.RecordBatch]] | None = None
         self._next = 0  # the row that the stream gives next
@@ -82,10 +84,10 @@ class ParquetTable(Table):
         if not 0 <= row < len(self):
             raise IndexError(row)
         with self._lock:
-            for (name, first), values in self._cache.items():
-                if name == column and first <= row < first + len(values):
-                    self._cache.move_to_end((name, first))
-                    return values[row - first].as_py()
+            first = self._firsts.get((column, row))
+            if first is not None:
+                self._cache.move_to_end((column, first))
+                return self._cache[column, first][row - first].as_py()
             return self._read_up_to(row, column)
 
     def _read_up_to(self, row: int, column: str) -> Any:
@@ -108,12 +110,20 @@ class ParquetTable(Table):
         raise DataError(f"{path} has fewer rows than it says; get the file again")
 
     def _keep(self, key: tuple[str, int], values: pa.Array) -> None:
-        if key in self._cache:
-            self._cached -= self._cache.pop(key).nbytes
+        self._forget(key)
         self._cache[key] = values
         self._cached += values.nbytes
+        column, first = key
+        self._firsts |= {(column, first + at): first for at in range(len(values))}
         while self._cached > self._cache_bytes and len(self._cache) > 1:
-            self._cached -= self._cache.popitem(last=False)[1].nbytes
+            self._forget(next(iter(self._cache)))
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        values = self._cache.pop(key, None)
+        if values is not None:
+            self._cached -= values.nbytes
+            for at in range(len(values)):
+                self._firsts.pop((key[0], key[1] + at), None)
 
 
 class ArrowTable(Table):

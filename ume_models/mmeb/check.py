@@ -1,6 +1,7 @@
 """Looking for everything that would stop an evaluation or spoil its scores, before hours are spent.
 
 Every task is read, every label looked up, every picture and frame opened; a sample is decoded.
+Lengths are not checked: whether a prompt fits the model is known only with the model.
 """
 
 from __future__ import annotations
@@ -11,44 +12,31 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ume_models.errors import DataError, ItemError
-from ume_models.mmeb.dataset import Query, ReadOptions, TaskData
+from ume_models.mmeb.answers import KINDS, NO_QUERIES, first_of, wrong_answers
+from ume_models.mmeb.dataset import ReadOptions, TaskData
 from ume_models.mmeb.frames import missing_frames
 from ume_models.mmeb.picture_check import PictureCheck
 from ume_models.mmeb.readers import read_task
+from ume_models.mmeb.readers.cells import UNEXPECTED
 from ume_models.mmeb.tasks import Task
 from ume_models.processing import prefetch
 from ume_models.processing.items import Item
 from ume_models.processing.prompt import clean_text
 
-_NAMED = 3
 _DECODED_PER_TASK = 64
 
 Severity: TypeAlias = Literal["error", "warning"]
 # What is wrong ({n} things of {of}), and what to do.
 _KINDS: dict[str, tuple[Severity, str, str]] = {
-    "repeated id": (
-        "error", "{n} of {of} queries have an id that another one has",
-        "download the tables again",
-    ),
-    "no answer": (
-        "error", "{n} of {of} queries have no answer",
-        "download the tables again",
-    ),
-    "no list": (
-        "error", "{n} of {of} queries have no candidates to be ranked among",
-        "download the tables again",
-    ),
-    "unknown label": (
-        "error", "the answers of {n} of {of} queries are not among their candidates",
-        "get the version of the tables that belongs to these labels, or try the other labels",
-    ),
-    "unpaired grades": (
-        "error", "{n} of {of} queries have not as many grades as answers",
-        "download the tables again",
-    ),
+    kind: ("error", what, remedy) for kind, (what, remedy) in KINDS.items()
+} | {
     "clash": (
         "warning", "{n} of {of} candidates have several contents under one name; the first counts",
         "compare the tables with the published ones",
+    ),
+    "mixed frames": (
+        "error", "the frames of {n} of {of} videos are of different sizes",
+        "extract the frames of these videos again, or resize them to one size",
     ),
     "no frames": (
         "error", "the frames of {n} of {of} videos are missing",
@@ -65,7 +53,7 @@ _KINDS: dict[str, tuple[Severity, str, str]] = {
     ),
     "text": (
         "error", "{n} of {of} texts cannot be embedded",
-        "remove the token from the tables",
+        "remove what is named from the tables",
     ),
     "unreadable": (
         "error", "{n} of {of} candidates cannot be read from their table",
@@ -163,49 +151,22 @@ class _Findings:
             if names:
                 whole = max(self.whole.get(kind, 0), len(names))
                 text = what.format(n=len(names), of=whole)
-                problems.append(Problem(self._task, severity, text, _first(names), remedy))
+                problems.append(Problem(self._task, severity, text, first_of(names), remedy))
         if not self.whole.get("no answer"):
-            remedy = _KINDS["no answer"][2]
-            problems.append(Problem(self._task, "error", "there are no queries", remedy=remedy))
+            what, remedy = NO_QUERIES
+            problems.append(Problem(self._task, "error", what, remedy=remedy))
         return problems
-
-
-def _first(names: dict[str, str]) -> str:
-    """The first names, with reasons, and how many more there are."""
-    shown = [f"{name} ({reason})" if reason else name for name, reason in names.items()][:_NAMED]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(shown) + more
 
 
 def _check_labels(data: TaskData, findings: _Findings) -> None:
     """Ids, answers and lists of candidates."""
-    for kind in ("repeated id", "no answer", "no list", "unknown label", "unpaired grades"):
-        findings.whole[kind] = len(data.queries)
+    findings.whole |= dict.fromkeys(KINDS, len(data.queries))
     findings.whole["clash"] = len(data.candidates)
-    names = frozenset(data.candidates.names)
-    local = data.task.ranking == "local"
-    ids: set[str] = set()
-    for query in data.queries:
-        id = query.item.id
-        if id in ids:
-            findings.add("repeated id", id)
-        ids.add(id)
-        if not query.relevant:
-            findings.add("no answer", id)
-        if not (query.candidates if local else names):
-            findings.add("no list", id)
-        elif unknown := _unknown_label(query, names, local):
-            findings.add("unknown label", id, unknown)
-        if query.grades is not None and len(query.grades) != len(query.relevant):
-            findings.add("unpaired grades", id)
+    for kind, ids in wrong_answers(data).items():
+        for id, reason in ids.items():
+            findings.add(kind, id, reason)
     for name in data.candidates.clashes:
         findings.add("clash", name)
-
-
-def _unknown_label(query: Query, names: frozenset[str], local: bool) -> str:
-    """The first answer that the query cannot be ranked to find; "" if there is none."""
-    ranked = names.intersection(query.candidates) if local else names
-    return next((repr(label) for label in query.relevant if label not in ranked), "")
 
 
 def _check_items(
@@ -222,7 +183,7 @@ def _check_items(
         candidate = position - queries
         try:
             item = data.candidates.item(candidate)
-        except DataError as error:
+        except (DataError, *UNEXPECTED) as error:
             return [("unreadable", data.candidates.names[candidate], str(error))]
         return _look(item, "candidate", pictures, position % step == 0)
 
@@ -235,7 +196,9 @@ def _check_items(
                 findings.add(kind, name, reason)
         yield
     files = len(seen["opened"])
-    findings.whole |= {"missing": files, "damaged": files, "no frames": len(seen["video"])}
+    videos = len(seen["video"])
+    findings.whole |= {"missing": files, "damaged": files}
+    findings.whole |= {"no frames": videos, "mixed frames": videos}
 
 
 def _look(
@@ -247,9 +210,14 @@ def _look(
     """
     wrong = []
     try:
-        clean_text(f"{item.instruction}{item.text}")
+        clean_text(f"{item.instruction}{item.text}").encode()
+        str(item.id).encode()
     except ItemError as error:
         wrong.append(("text", f"{side} {item.id}", error.reason))
+    except UnicodeEncodeError as error:
+        name = f"{side} {item.id}".encode(errors="backslashreplace").decode()
+        half = ascii(error.object[error.start])
+        wrong.append(("text", name, f"it holds half a character, {half}"))
     if item.video:
         wrong.append(("video", str(item.video[0]), ""))
     folder = missing_frames(item)
@@ -260,4 +228,9 @@ def _look(
         wrong.append(("opened", name, ""))
         if found := pictures.wrong(source, decode=decode):
             wrong.append((found[0], name, found[1]))
+    frames = [frame for frame in item.video or () if isinstance(frame, (str, Path))]
+    sizes = sorted({size for frame in frames if (size := pictures.frame_size(frame))})
+    if len(sizes) > 1:
+        some = " and ".join(f"{width}x{height}" for width, height in sizes[:2])
+        wrong.append(("mixed frames", str(Path(frames[0]).parent), f"resized to {some}"))
     return wrong

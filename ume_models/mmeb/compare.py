@@ -110,7 +110,8 @@ class Comparison:
         b: folder of the second.
         settings: those in which they differ, by name.
         tasks: the tasks that both have, in alphabetical order.
-        not_compared: tasks of one run only, and those that cannot be compared, with the reason.
+        not_compared: tasks of one run only, those that a run lists as missing, and those that
+            cannot be compared, with the reason.
         overall: unweighted mean over ``tasks``; None if there are none.
     """
 
@@ -138,9 +139,14 @@ def compare(a: RunFolder, b: RunFolder, embeddings: Embeddings | None = None) ->
         StoreError: a file of one of the runs is missing or damaged.
     """
     scores_a, scores_b = a.scores(), b.scores()
+    missing = [(run.path, run.missing()) for run in (a, b)]
     not_compared: list[Missing] = []
     compared: list[_Compared] = []
     for task in sorted({*scores_a, *scores_b}):
+        reasons = [f"{path} lists it as missing: {no[task]}" for path, no in missing if task in no]
+        if reasons:  # whatever score lies there, the run does not stand by it
+            not_compared.append(Missing(task, "; ".join(reasons)))
+            continue
         if task not in scores_a or task not in scores_b:
             folder = a.path if task in scores_a else b.path
             not_compared.append(Missing(task, f"only {folder} has it"))

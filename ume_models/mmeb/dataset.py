@@ -69,6 +69,10 @@ class Candidates(ABC):
     def __len__(self) -> int:
         return len(self.names)
 
+    def reading_order(self) -> Sequence[int]:
+        """All positions in the order in which their contents are read fastest."""
+        return range(len(self))
+
     @abstractmethod
     def item(self, position: int) -> Item:
         """The candidate at a position of ``names``; its id is the name.

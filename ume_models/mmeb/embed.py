@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from ume_models.encode import EncodeStats, encode_detailed
 from ume_models.errors import DataError, ItemError
 from ume_models.mmeb.dataset import ReadOptions, TaskData
+from ume_models.mmeb.keys import ContentKeys
 from ume_models.mmeb.listing import Place
 from ume_models.mmeb.plan import KeyedStore
 from ume_models.mmeb.readers import read_task
@@ -21,11 +21,9 @@ from ume_models.mmeb.tasks import Task
 from ume_models.processing.items import Item
 from ume_models.store import Record, Shard, Skipped
 
-_TASKS_IN_MEMORY = 4
-
 
 class Library:
-    """The tasks of an evaluation, read when they are needed; the last few stay in memory.
+    """The tasks of an evaluation, read when they are first needed.
 
     Args:
         tasks: the selected tasks.
@@ -37,7 +35,7 @@ class Library:
         self._tasks = {task.name: task for task in tasks}
         self._root = root
         self._options = options
-        self._read: OrderedDict[str, TaskData] = OrderedDict()
+        self._read: dict[str, TaskData] = {}
 
     def data(self, task: str) -> TaskData:
         """The data of a task.
@@ -47,10 +45,28 @@ class Library:
         """
         if task not in self._read:
             self._read[task] = read_task(self._tasks[task], self._root, self._options)
-            if len(self._read) > _TASKS_IN_MEMORY:
-                self._read.popitem(last=False)
-        self._read.move_to_end(task)
         return self._read[task]
+
+    def verify(self, keys: Sequence[str], places: Mapping[str, Place]) -> None:
+        """Make sure that what lies at a place is what was listed there.
+
+        The files are read now, not looked up: the embedder reads them next anyway.
+
+        Raises:
+            DataError: data changed since they were listed, or this process has other ones.
+        """
+        read = ContentKeys(None, self._root)
+
+        def item(number: int) -> Item:
+            place = places[keys[number]]
+            return place.item(self.data(place.task))
+
+        for key, found in zip(keys, read.keys(item, len(keys)), strict=True):
+            if key != found:
+                raise DataError(
+                    f"{places[key]}: not what was listed when the evaluation began; its data "
+                    "changed, or this process has another data root"
+                )
 
 
 def embed_shard(
@@ -81,6 +97,7 @@ def embed_shard(
         OSError: the disk is full or not writable.
     """
     keys = held.shard_keys(shard)
+    library.verify(keys, places)
     items = [_as_embedded(places[key].item(library.data(places[key].task))) for key in keys]
     try:
         output = encode_detailed(

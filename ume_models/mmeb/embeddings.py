@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from ume_models.errors import StoreError
-from ume_models.mmeb.listing import read_listing
+from ume_models.mmeb.listing import listing_path, read_listing
 from ume_models.mmeb.plan import KeyedStore, kept_stores
 from ume_models.store import Shard
 
 _SHARDS_IN_MEMORY = 8
+_AGAIN = "run `ume eval` with this output folder again"
 
 
 class EmbeddingLookup:
@@ -90,9 +91,15 @@ def task_embeddings(folder: Path, task: str) -> tuple[torch.Tensor, torch.Tensor
     Raises:
         StoreError: the listing or a shard is damaged.
     """
-    if not (folder / "tasks" / task / "items.json").is_file():
+    path = listing_path(folder, task)
+    if not path.is_file():
         return None
-    listing = read_listing(folder, task)
+    try:
+        listing = read_listing(folder, task)
+    except RecursionError:
+        raise StoreError(f"{path} is damaged: {_AGAIN}") from None
+    if not listing.queries or not listing.candidates:
+        raise StoreError(f"{path} lists no queries or no candidates: {_AGAIN}")
     stores = {held.store.directory.name: held for held in kept_stores(folder / "embeddings")}
     needed = set(listing.keys())
     lookup = EmbeddingLookup(stores)

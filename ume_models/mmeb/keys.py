@@ -26,29 +26,38 @@ from ume_models.processing.items import Item, MediaSource
 Kind = Literal["text", "image", "video"]
 KINDS: tuple[Kind, ...] = ("text", "image", "video")
 _DIGEST_BYTES = 20
+_WORTH_THREADS = 64
 
 
 @dataclass(frozen=True)
 class _Known:
+    """A file as it was when its digest was taken; any change of it moves one of these."""
+
     size: int
-    time: int
+    modified: int
+    changed: int
+    inode: int
     digest: str
+
+    def is_of(self, found: os.stat_result) -> bool:
+        return (self.size, self.modified, self.changed, self.inode) == _state(found)
 
 
 class ContentKeys:
     """Keys of items; remembers the digests of files.
 
     Args:
-        cache: file in which digests are kept between runs; a damaged one is made anew.
+        cache: file in which digests are kept between runs, None for none; a damaged one is made
+            anew.
         root: paths below it are remembered relative to it.
         workers: threads that read files.
     """
 
-    def __init__(self, cache: Path, root: Path, workers: int = 8) -> None:
+    def __init__(self, cache: Path | None, root: Path, workers: int = 8) -> None:
         self._cache = cache
         self._root = str(root.absolute()) + os.sep
         self._workers = workers
-        self._known = _read_cache(cache)
+        self._known = {} if cache is None else _read_cache(cache)
         self._changed = False
         self._missing: dict[str, None] = {}
 
@@ -67,19 +76,17 @@ class ContentKeys:
             prefetch(
                 lambda position: self._key(item(position)),
                 range(count),
-                self._workers,
+                self._workers if count >= _WORTH_THREADS else 0,
                 4 * max(1, self._workers),
             )
         )
 
     def save(self) -> None:
         """Write the digests of files to the disk."""
-        if self._changed:
-            rows = {
-                name: [known.size, known.time, known.digest]
-                for name, known in sorted(self._known.items())
-            }
-            write_atomically(self._cache, json.dumps(rows, separators=(",", ":")).encode())
+        if self._changed and self._cache is not None:
+            files = {name: [*vars(known).values()] for name, known in sorted(self._known.items())}
+            content = {"check": _check(files), "files": files}
+            write_atomically(self._cache, json.dumps(content, separators=(",", ":")).encode())
             self._changed = False
 
     def _key(self, item: Item) -> str:
@@ -104,13 +111,13 @@ class ContentKeys:
         try:
             found = os.stat(path)
             known = self._known.get(name)
-            if known and (known.size, known.time) == (found.st_size, found.st_mtime_ns):
+            if known and known.is_of(found):
                 return known.digest
             digest = _digest_of(Path(path).read_bytes())
-        except OSError:
+        except (OSError, ValueError):  # a name may hold what no file's can
             self._missing[path] = None
-            return _digest_of(b"missing: " + name.encode(errors="surrogateescape"))
-        self._known[name] = _Known(found.st_size, found.st_mtime_ns, digest)
+            return _digest_of(b"missing: " + os.fsencode(name))
+        self._known[name] = _Known(*_state(found), digest)
         self._changed = True
         return digest
 
@@ -132,11 +139,19 @@ def _digest_of(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
 
 
+def _state(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _check(files: dict[str, list[int | str]]) -> str:
+    return _digest_of(json.dumps(files, separators=(",", ":")).encode())
+
+
 def _read_cache(path: Path) -> dict[str, _Known]:
     try:
-        rows = json.loads(path.read_bytes())
-        return {
-            str(name): _Known(int(row[0]), int(row[1]), str(row[2])) for name, row in rows.items()
-        }
-    except (OSError, ValueError, AttributeError, IndexError, TypeError):
+        content = json.loads(path.read_bytes())
+        if content["check"] != _check(content["files"]):
+            return {}
+        return {str(name): _Known(*row) for name, row in content["files"].items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return {}

@@ -45,12 +45,25 @@ def list_task(data: TaskData, keys: ContentKeys) -> Listing:
     Raises:
         DataError: a table cannot be read.
     """
+    order = data.candidates.reading_order()
+    found = keys.keys(lambda number: data.candidates.item(order[number]), len(order))
+    of_position = dict(zip(order, found, strict=True))
     return Listing(
         data.task.name,
         keys.keys(lambda position: data.queries[position].item, len(data.queries)),
         list(data.candidates.names),
-        keys.keys(data.candidates.item, len(data.candidates)),
+        [of_position[position] for position in range(len(order))],
     )
+
+
+def needed_keys(tasks: Iterable[TaskData], listings: Iterable[Listing]) -> list[str]:
+    """Every key once, in the order in which tasks need them and their contents are read fastest."""
+    wanted: dict[str, None] = {}
+    for data, listing in zip(tasks, listings, strict=True):
+        wanted.update(dict.fromkeys(listing.queries))
+        order = data.candidates.reading_order()
+        wanted.update(dict.fromkeys(listing.candidates[position] for position in order))
+    return list(wanted)
 
 
 def listing_path(folder: Path, task: str) -> Path:
@@ -108,7 +121,7 @@ class Place:
 
 
 def places(listings: Iterable[Listing]) -> Mapping[str, Place]:
-    """The first place of every key, in the order in which tasks need them."""
+    """The first place of every key."""
     found: dict[str, Place] = {}
     for listing in listings:
         sides: tuple[tuple[Side, Sequence[str]], ...] = (

@@ -90,7 +90,10 @@ def find_tables(folder: Path, config: str | None, split: str) -> list[Path]:
         return []
     declared = _declared_patterns(folder / "README.md", config, split)
     if declared is not None:
-        found = _matching(folder, declared)
+        try:
+            found = _matching(folder, declared)
+        except (OSError, ValueError, NotImplementedError) as error:  # too long, odd stars
+            raise _not_of_the_hub(folder / "README.md", f"the pattern of a path: {error}") from None
         if found or not declared:  # the configuration is there and has no such split
             return found
     place = folder / config if config else folder
@@ -101,8 +104,10 @@ def find_tables(folder: Path, config: str | None, split: str) -> list[Path]:
 
 def _declared_patterns(readme: Path, config: str | None, split: str) -> list[str] | None:
     """What a README declares; None where it says nothing about the configuration."""
-    head = _front_matter(readme)
-    configs = [entry for entry in head.get("configs") or [] if isinstance(entry, Mapping)]
+    listed = _front_matter(readme).get("configs") or []
+    if not isinstance(listed, list):
+        raise _not_of_the_hub(readme, f"'configs' is {listed!r}, not a list")
+    configs = [entry for entry in listed if isinstance(entry, Mapping)]
     if config is None:
         chosen = [entry for entry in configs if entry.get("config_name") == "default"]
         chosen = chosen or [entry for entry in configs if entry.get("default")]
@@ -117,14 +122,23 @@ def _declared_patterns(readme: Path, config: str | None, split: str) -> list[str
         files = [{"split": name, "path": path} for name, path in files.items()]
     elif isinstance(files, str):
         files = [files]
+    if not isinstance(files, list):
+        raise _not_of_the_hub(readme, f"'data_files' is {files!r}, not a path or a list")
     patterns: list[str] = []
     for entry in files:
         # Patterns without a split are the split "train", as on the hub.
         of = str(entry.get("split", "train")) if isinstance(entry, Mapping) else "train"
         paths = entry.get("path", []) if isinstance(entry, Mapping) else entry
         if of == split:
-            patterns += [paths] if isinstance(paths, str) else list(paths)
+            paths = [paths] if isinstance(paths, str) else paths
+            if not isinstance(paths, list) or not all(isinstance(p, str) and p for p in paths):
+                raise _not_of_the_hub(readme, f"'path' is {paths!r}, not a path or a list of them")
+            patterns += paths
     return [f"{base}/{pattern}" if base else pattern for pattern in patterns]
+
+
+def _not_of_the_hub(readme: Path, reason: str) -> DataError:
+    return DataError(f"the head of {readme} does not declare files ({reason}); get the file again")
 
 
 def _front_matter(readme: Path) -> Mapping[str, Any]:
@@ -140,7 +154,7 @@ def _front_matter(readme: Path) -> Mapping[str, Any]:
         return {}
     try:
         head = yaml.safe_load(match.group(1))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: impossible dates
         raise DataError(f"the head of {readme} is not YAML ({error}); get the file again") from None
     return head if isinstance(head, Mapping) else {}
 
@@ -164,10 +178,10 @@ def _saved_to_disk(folder: Path) -> list[Path]:
     if not state.is_file():
         return []
     try:
-        names = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = json.loads(state.read_bytes())["_data_files"]
+        return [folder / entry["filename"] for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{state} cannot be read ({error}); save the dataset again") from None
-    return [folder / name for name in names]
 
 
 def _conventional(folder: Path, config: str | None, split: str) -> list[Path]:
@@ -264,5 +278,8 @@ def _hub_folders(source: Source, download: bool) -> Iterator[Path]:
             source.repository, repo_type="dataset", allow_patterns=["README.md", *wanted]
         )
     except Exception as error:
-        raise DataError(f"{source.repository} cannot be downloaded: {error}") from error
+        raise DataError(
+            f"{source.repository} cannot be downloaded: {error}; try again, or get it with `hf "
+            "download`"
+        ) from error
     yield Path(copy)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeAlias
 
 from PIL import Image, UnidentifiedImageError
 
 from ume_models.errors import ItemError
+from ume_models.processing.config import FETCH_MAX_PIXELS, FETCH_MIN_PIXELS, ImageConfig
 from ume_models.processing.items import MediaSource
 from ume_models.processing.media import decode_rgb
-from ume_models.processing.resize import MAX_ASPECT_RATIO
+from ume_models.processing.resize import MAX_ASPECT_RATIO, fetch_size
 
 Wrong = tuple[Literal["missing", "damaged"], str]
 
@@ -20,11 +21,14 @@ _ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 _LONGEST_END = max(map(len, _ENDS.values()))
 
 
+_Size: TypeAlias = tuple[int, int]
+
+
 class PictureCheck:
     """Remembers the files it has seen; safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Wrong | None] = {}
+        self._known: dict[str, tuple[Wrong | None, _Size | None]] = {}
 
     def wrong(self, source: MediaSource, *, decode: bool) -> Wrong | None:
         """What is wrong with a picture, and why; None if nothing was found.
@@ -36,36 +40,51 @@ class PictureCheck:
         if isinstance(source, Image.Image):
             return None
         if isinstance(source, bytes):
-            return _wrong(source, decode)
+            return _look(source, decode)[0]
         path = str(source)
         if path not in self._known:
-            self._known[path] = _wrong(source, decode)
-        return self._known[path]
+            self._known[path] = _look(source, decode)
+        return self._known[path][0]
+
+    def frame_size(self, path: str | Path) -> _Size | None:
+        """Width and height that a frame is embedded with, before the model's own limits.
+
+        Frames of one video must agree in it. None if the file is damaged, or not looked at yet.
+        """
+        size = self._known.get(str(path), (None, None))[1]
+        if size is None:
+            return None
+        height, width = fetch_size(
+            size[1], size[0], ImageConfig().factor, FETCH_MIN_PIXELS, FETCH_MAX_PIXELS
+        )
+        return width, height
 
 
-def _wrong(source: bytes | str | Path, decode: bool) -> Wrong | None:
+def _look(source: bytes | str | Path, decode: bool) -> tuple[Wrong | None, _Size | None]:
+    """What is wrong; if nothing is, width and height as well."""
     try:
-        if not _looks_complete(source) or decode:
+        complete, size = _head_and_end(source)
+        if not complete or decode:
             decode_rgb(source)
+        return None, size
     except FileNotFoundError:
-        return "missing", ""
+        return ("missing", ""), None
     except ItemError as error:
-        return "damaged", error.reason
+        return ("damaged", error.reason), None
     except UnidentifiedImageError:
-        return "damaged", "it is not a picture"
+        return ("damaged", "it is not a picture"), None
     except (OSError, ValueError) as error:
-        return "damaged", getattr(error, "strerror", None) or str(error)
+        return ("damaged", getattr(error, "strerror", None) or str(error)), None
     except Exception as error:  # decoders raise whatever they like on malformed heads
-        return "damaged", f"{type(error).__name__}: {error}"
-    return None
+        return ("damaged", f"{type(error).__name__}: {error}"), None
 
 
 def _opened(source: bytes | str | Path) -> BinaryIO:
     return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
-def _looks_complete(source: bytes | str | Path) -> bool:
-    """Whether a picture ends as files of its format end.
+def _head_and_end(source: bytes | str | Path) -> tuple[bool, _Size]:
+    """Whether a picture ends as files of its format end, and its width and height.
 
     Raises:
         ItemError: the vision tower cannot take its shape.
@@ -84,7 +103,7 @@ def _looks_complete(source: bytes | str | Path) -> bool:
                 )
             end = _ENDS.get(form or "")
             if end is None:
-                return False
+                return False, (width, height)
             file.seek(0, io.SEEK_END)
             file.seek(max(0, file.tell() - _LONGEST_END))
-            return file.read().endswith(end)
+            return file.read().endswith(end), (width, height)

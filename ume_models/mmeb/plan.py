@@ -46,8 +46,13 @@ class KeyedStore:
         return self.keys[rows.start : rows.stop]
 
     def finished(self) -> set[int]:
-        """Shards that are complete and undamaged; every byte is read."""
-        return {*range(self.store.num_shards)} - {*self.store.pending()}
+        """Shards that are complete and undamaged; every byte is read.
+
+        One with a skipped item is tried again: what was wrong with it may be mended.
+        """
+        size = self.store.manifest.shard_size
+        skipped = {entry.row // size for entry in self.store.skipped()}
+        return {*range(self.store.num_shards)} - {*self.store.pending()} - skipped
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def make_plan(
     covered: set[str] = set()
     for name, keys, shard_size in _kept_stores(folder):
         if not needed.isdisjoint(keys):
-            held = KeyedStore(_begin(folder / name, keys, manifest, shard_size), keys)
+            held = KeyedStore(_go_on(folder / name, keys, manifest, shard_size), keys)
             stores[name], finished[name] = held, held.finished()
             if needed.issuperset(keys):  # this selection's own, or one inside of it: gone on with
                 continued.add(name)
@@ -157,8 +162,15 @@ def _kept_stores(folder: Path) -> list[tuple[str, list[str], int]]:
     """Name, keys and shard size of every store."""
     if not folder.is_dir():
         return []
-    found = [(path.name, _read_keys(path)) for path in sorted(folder.iterdir()) if path.is_dir()]
-    return [(name, *kept) for name, kept in found if kept is not None]
+    found = []
+    for path in sorted(folder.iterdir()):
+        kept = _read_keys(path) if path.is_dir() else None
+        if kept is not None:
+            keys, shard_size = kept
+            if not path.name.endswith(_digest(keys)[:12]):
+                raise StoreError(_damaged(path, f"{path / _KEYS} is not what its folder is named"))
+            found.append((path.name, keys, shard_size))
+    return found
 
 
 def _new_store(
@@ -174,6 +186,23 @@ def _new_store(
 
 def _begin(path: Path, keys: Sequence[str], manifest: Manifest, shard_size: int) -> EmbeddingStore:
     return EmbeddingStore.begin(path, manifest.of_items(_digest(keys), len(keys), shard_size))
+
+
+def _go_on(path: Path, keys: Sequence[str], manifest: Manifest, shard_size: int) -> EmbeddingStore:
+    """Open a store that is there; what is wrong with it concerns its folder alone."""
+    try:
+        return _begin(path, keys, manifest, shard_size)
+    except StoreError as error:
+        if "another process" in str(error):
+            raise
+        raise StoreError(_damaged(path, str(error).partition("\nchoose")[0])) from error
+
+
+def _damaged(path: Path, what: str) -> str:
+    return (
+        f"{what}\n{path} is damaged: remove this folder and run again; only what it holds is "
+        "embedded anew"
+    )
 
 
 def _digest(keys: Sequence[str]) -> str:

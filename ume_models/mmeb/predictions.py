@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,21 +40,42 @@ def ranking_to_line(ranking: Ranking, value: float) -> str:
     return json.dumps(fields, allow_nan=False) + "\n"
 
 
-def ranking_from_json(fields: Mapping[str, Any]) -> Ranking:
-    """Inverse of ``ranking_to_line``, from the parsed line.
+def ranking_from_line(line: str | bytes) -> tuple[Ranking, float]:
+    """Inverse of ``ranking_to_line``: the ranking, and the metric's value.
 
     Raises:
-        KeyError, TypeError, ValueError: fields are missing or do not fit each other.
+        KeyError, TypeError, ValueError, OverflowError, RecursionError: the line is not JSON, fields
+            are missing or of another type, or they do not fit each other.
     """
-    grades = fields["rel_scores"]
-    return Ranking(
-        id=fields["id"],
-        prediction=tuple(fields["prediction"]),
-        scores=tuple(np.array(fields["scores"], dtype=np.float32).tolist()),
-        relevant=tuple(fields["relevant"] if "relevant" in fields else map(str, fields["label"])),
-        grades=None if grades is None else tuple(grades),
-        labels=tuple(fields["label"]),
+    fields = json.loads(line)
+    if not isinstance(fields, dict):
+        raise TypeError("not a JSON object")
+    names, numbers = (str,), (int, float)
+    grades, labels = fields["rel_scores"], _list_of((str, int), fields, "label")
+    ranking = Ranking(
+        id=_as(str, fields["id"], "id"),
+        prediction=tuple(_list_of(names, fields, "prediction")),
+        scores=tuple(np.array(_list_of(numbers, fields, "scores"), dtype=np.float32).tolist()),
+        relevant=tuple(
+            _list_of(names, fields, "relevant") if "relevant" in fields else map(str, labels)
+        ),
+        grades=None if grades is None else tuple(_list_of(numbers, fields, "rel_scores")),
+        labels=tuple(labels),
     )
+    value = _as((int, float), fields["value"], "value")
+    if not all(map(math.isfinite, (value, *ranking.scores, *(ranking.grades or ())))):
+        raise ValueError("a number is not finite")
+    return ranking, float(value)
+
+
+def _list_of(types: tuple[type, ...], fields: Mapping[str, Any], name: str) -> list[Any]:
+    return [_as(types, entry, name) for entry in _as(list, fields[name], name)]
+
+
+def _as(types: type | tuple[type, ...], value: Any, name: str) -> Any:
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise TypeError(f"{name!r} has a {type(value).__name__}")
+    return value
 
 
 def read_official_predictions(path: str | Path) -> list[Ranking]:
@@ -81,7 +103,7 @@ def read_official_predictions(path: str | Path) -> list[Ranking]:
                 grades=None if grades is None else tuple(grades),
                 labels=labels,
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError(
                 f"{path}, line {number + 1} is not a prediction of the official evaluation "
                 f"({error!r}): write the file again"

@@ -13,6 +13,8 @@ from ume_models.mmeb.tasks import Task
 from ume_models.retrieval import ExactIndex, SearchResult, local_search
 
 _QUERIES_AT_ONCE = 4096
+# From so many queries on, one matrix product over their common list costs less than a list each.
+_SHARE_A_LIST = 8
 
 
 def rank_task(
@@ -39,9 +41,11 @@ def rank_task(
         device: where to compute.
 
     Raises:
-        DataError: the embeddings do not fit, one is not finite, or a list names an unknown
-            candidate.
+        DataError: the embeddings do not fit, one or a score is not finite, or a list names an
+            unknown candidate.
     """
+    if len(query_rows) != len(queries):
+        raise DataError(f"{task.name}: {len(query_rows)} embeddings for {len(queries)} queries")
     try:
         index = ExactIndex(candidate_rows, names, device=device)
         found: list[Ranking] = []
@@ -49,16 +53,73 @@ def rank_task(
             part = queries[start : start + _QUERIES_AT_ONCE]
             rows = query_rows[start : start + len(part)].to(device)
             if task.ranking == "local":
-                result = local_search(index, rows, [query.candidates for query in part], top)
+                found += _ranked_by_list(part, rows, index, candidate_rows, top)
             else:
-                result = index.search(rows, min(top, len(index)))
-            found += _rankings(part, result)
+                found += _rankings(part, index.search(rows, min(top, len(index))))
     except ValueError as error:
         raise DataError(f"{task.name}: {error}") from error
     return found
 
 
+def _ranked_by_list(
+    queries: Sequence[Query],
+    query_rows: torch.Tensor,
+    index: ExactIndex,
+    candidate_rows: torch.Tensor,
+    top: int,
+) -> list[Ranking]:
+    """Each query against its own list; lists that many queries share are ranked as one matrix."""
+    members: dict[tuple[str, ...], list[int]] = {}
+    for number, query in enumerate(queries):
+        members.setdefault(query.candidates, []).append(number)
+    shared = {
+        names: numbers
+        for names, numbers in members.items()
+        if names and len(numbers) >= _SHARE_A_LIST
+    }
+    row_of = {name: row for row, name in enumerate(index.ids)} if shared else {}
+    found: dict[int, Ranking] = {}
+    for names, numbers in shared.items():
+        among = _part(index, candidate_rows, names, row_of)
+        rows = query_rows[torch.tensor(numbers, device=query_rows.device)]
+        result = among.search(rows, min(top, len(among)))
+        found.update(zip(numbers, _rankings([queries[n] for n in numbers], result), strict=True))
+    alone = [number for number in range(len(queries)) if number not in found]
+    if alone:
+        lists = [queries[number].candidates for number in alone]
+        rows = query_rows[torch.tensor(alone, device=query_rows.device)]
+        result = local_search(index, rows, lists, top)
+        found.update(zip(alone, _rankings([queries[n] for n in alone], result), strict=True))
+    return [found[number] for number in range(len(queries))]
+
+
+def _part(
+    index: ExactIndex,
+    candidate_rows: torch.Tensor,
+    names: Sequence[str],
+    row_of: dict[str, int],
+) -> ExactIndex:
+    """The candidates of one list, in the order of the whole index: ties keep it."""
+    if len(row_of) < len(index):
+        raise ValueError("two candidates have the same name: names must be unique")
+    unknown = next((name for name in names if name not in row_of), None)
+    if unknown is not None:
+        raise ValueError(f"the candidate {unknown!r} is not in the index")
+    rows = sorted({row_of[name] for name in names})
+    if len(rows) == len(index):
+        return index
+    chosen = candidate_rows[torch.tensor(rows, device=candidate_rows.device)]
+    return ExactIndex(chosen, [index.ids[row] for row in rows], device=index.device)
+
+
 def _rankings(queries: Sequence[Query], result: SearchResult) -> list[Ranking]:
+    overflown = (result.rows >= 0) & ~result.scores.isfinite()
+    if bool(overflown.any()):
+        query = queries[int(overflown.nonzero()[0, 0])]
+        raise ValueError(
+            f"a score of query {query.item.id!r} overflows float32: its embedding or those of the "
+            "candidates are too large; normalise them"
+        )
     scores = result.scores.cpu().tolist()
     return [
         Ranking(

@@ -25,7 +25,15 @@ from ume_models.mmeb.dataset import ReadOptions, TaskData
 from ume_models.mmeb.embed import Library, embed_shard
 from ume_models.mmeb.embeddings import EmbeddingLookup
 from ume_models.mmeb.keys import KINDS, ContentKeys, Kind, key_kind
-from ume_models.mmeb.listing import Listing, Place, list_task, places, read_listing, write_listing
+from ume_models.mmeb.listing import (
+    Listing,
+    Place,
+    list_task,
+    needed_keys,
+    places,
+    read_listing,
+    write_listing,
+)
 from ume_models.mmeb.plan import SHARD_SIZES, Plan, Work, make_plan, open_store
 from ume_models.mmeb.progress import Pace, Progress
 from ume_models.mmeb.ranking import rank_task
@@ -83,6 +91,8 @@ def evaluate(
         if not team.leads:
             member.follow()
             return None
+        if output.is_file():
+            raise StoreError(f"{output} is a file: give the name of a folder with -o")
         output.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(output)
         try:
@@ -120,6 +130,7 @@ class _Member:
         self.team = team
         self.progress = progress
         self.library = Library(tasks, data, reading)
+        self.results = RunFolder(output)
         self.times: dict[Kind, EncodeStats] = {kind: EncodeStats() for kind in KINDS}
 
     # The leader ------------------------------------------------------------------------------
@@ -129,14 +140,14 @@ class _Member:
         missing: dict[str, str] = {}
         read = self._read(missing)
         listings = self._list(read)
-        where = places(listings)
+        where, wanted = places(listings), needed_keys(read, listings)
         device = self.model.device.type
         sizes = self.options.shard_sizes or SHARD_SIZES.get(device, SHARD_SIZES["cpu"])
-        plan = make_plan(self.output / "embeddings", list(where), self._store_manifest(), sizes)
+        plan = make_plan(self.output / "embeddings", wanted, self._store_manifest(), sizes)
         try:
             self.team.announce(
                 {
-                    "fingerprint": self.model.fingerprint,
+                    "manifest": manifest,
                     "tasks": [data.task.name for data in read],
                     "work": [vars(part) for part in plan.work],
                 }
@@ -160,8 +171,8 @@ class _Member:
             plan.close()
         return self._conclude(manifest, missing)
 
-    def _begin(self, name: str, overwrite: bool) -> dict[str, Any]:
-        manifest = settings.describe(
+    def _manifest(self, name: str = "") -> dict[str, Any]:
+        return settings.describe(
             package_version=__version__,
             model=name,
             fingerprint=self.model.fingerprint,
@@ -173,11 +184,22 @@ class _Member:
             options=self.options,
             versions={name: metadata.version(name) for name in ("torch", "transformers")},
         )
-        if not overwrite and (self.output / settings.MANIFEST).is_file():
-            there = settings.read_manifest(self.output).get("tasks", [])
-            manifest["tasks"] += [name for name in there if name not in manifest["tasks"]]
-        settings.begin(self.output, manifest, overwrite=overwrite)
-        return manifest
+
+    def _begin(self, name: str, overwrite: bool) -> dict[str, Any]:
+        manifest = self._manifest(name)
+        there = None if overwrite else settings.earlier_manifest(self.output)
+        earlier = (
+            [name for name in there["tasks"] if name not in manifest["tasks"]] if there else []
+        )
+        settings.begin(
+            self.output,
+            {**manifest, "tasks": [*manifest["tasks"], *earlier]},
+            overwrite=overwrite,
+        )
+        if there is not None and there.get("data") != manifest["data"]:
+            for task in earlier:  # their scores are of other data
+                self.results.discard(task)
+        return settings.read_manifest(self.output)
 
     def _read(self, missing: dict[str, str]) -> list[TaskData]:
         """The tasks that can be read; the others stop the run, or are missing."""
@@ -190,6 +212,8 @@ class _Member:
                 read.append(data)
             except DataError as error:
                 missing[task.name] = str(error)
+        for name in missing:
+            self.results.discard(name)
         if missing and self.options.on_error == "stop":
             raise DataError(
                 _first_few(
@@ -233,7 +257,7 @@ class _Member:
     def _conclude(self, manifest: Mapping[str, Any], missing: Mapping[str, str]) -> Summary:
         asked = {*manifest["tasks"]}
         tasks = [task for task in benchmark(manifest["benchmark"]) if task.name in asked]
-        summary = summarise_folder(RunFolder(self.output), tasks, missing)
+        summary = summarise_folder(self.results, tasks, missing)
         text = json.dumps(summary.to_json(), ensure_ascii=False, indent=1) + "\n"
         write_atomically(self.output / "summary.json", text.encode())
         times = {kind: vars(stats) for kind, stats in self.times.items() if stats.batches}
@@ -247,9 +271,14 @@ class _Member:
 
     def follow(self) -> None:
         orders = self.team.orders()
-        if orders["fingerprint"] != self.model.fingerprint:
+        differences = settings.manifest_differences(orders["manifest"], self._manifest())
+        unknown = {*orders["tasks"]} - {task.name for task in self.tasks}
+        if unknown:
+            differences.append(f"tasks: without {', '.join(sorted(unknown)[:_NAMED])}")
+        if differences:
             raise StoreError(
-                f"rank {self.team.rank} loaded another model than rank 0: give all the same one"
+                f"rank {self.team.rank} was started with other settings than rank 0 (there):\n  "
+                + "\n  ".join(differences)
             )
         folder = self.output / "embeddings"
         work = [Work(**part) for part in orders["work"]]
@@ -313,7 +342,6 @@ class _Scorer:
         self._member = member
         self._stores = plan.stores
         self._missing = missing
-        self._results = RunFolder(member.output)
         self._known: set[tuple[str, int]] = set()
         self._waiting = [
             (data, listing, list(listing.keys()))
@@ -347,7 +375,7 @@ class _Scorer:
             reasons = _first_few(
                 f"{len(problems)} of its items cannot be embedded", problems.values()
             )
-            self._missing[task.name] = reasons
+            self._lack(task.name, reasons)
             return
         try:
             rankings = rank_task(
@@ -365,10 +393,15 @@ class _Scorer:
         except DataError as error:
             if member.options.on_error == "stop":
                 raise
-            self._missing[task.name] = str(error)
+            self._lack(task.name, str(error))
             return
-        self._results.write(score, rankings)
+        member.results.write(score, rankings)
         member.progress.scored(score)
+
+    def _lack(self, task: str, reason: str) -> None:
+        """Note a task without a score; one it had before was of other data."""
+        self._missing[task] = reason
+        self._member.results.discard(task)
 
 
 def summarise_folder(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ FORMAT_VERSION = 1
 MANIFEST = "run.json"
 # Told for the reader's sake; another value of these gives the same results.
 _INFORMATIVE = frozenset({"model", "tasks", "data", "versions"})
+_CONCLUSIONS = ("summary.json", "summary.md", "report.html", "timing.json")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def describe(
 def begin(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> None:
     """Begin an evaluation in a folder, or go on with one of the same settings.
 
+    A summary of an earlier run is removed: it is written again when this one is done.
+
     Args:
         folder: the output folder.
         manifest: what ``describe`` returned. The list of tasks may grow from run to run.
@@ -99,26 +103,62 @@ def begin(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> None
     """
     remove_leftovers(folder, "")
     path = folder / MANIFEST
-    if overwrite:
-        path.unlink(missing_ok=True)
-        for name in ("tasks", "embeddings"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("summary.json", "summary.md", "report.html", "timing.json", "media.json"):
-            (folder / name).unlink(missing_ok=True)
+    if not path.is_file() and any((folder / name).exists() for name in ("tasks", "embeddings")):
+        raise StoreError(
+            f"{folder} has a folder tasks or embeddings but no {MANIFEST}: it is not the output of "
+            "`ume eval`; choose another one with -o"
+        )
+    if (overwrite and path.is_file()) or _is_being_replaced(path):
+        _remove_results(folder)
     if path.is_file():
-        differences = _differences(read_manifest(folder), manifest)
+        differences = manifest_differences(read_manifest(folder), manifest)
         if differences:
             raise StoreError(
                 f"{folder} holds an evaluation with other settings:\n  "
                 + "\n  ".join(differences)
                 + "\nchoose another folder with -o, or replace it with --overwrite"
             )
-    elif (folder / "tasks").exists() or (folder / "embeddings").exists():
-        raise StoreError(
-            f"{folder} has results but no {MANIFEST}: choose another folder with -o, or replace "
-            "them with --overwrite"
-        )
+    for name in _CONCLUSIONS:
+        (folder / name).unlink(missing_ok=True)
     write_atomically(path, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def _remove_results(folder: Path) -> None:
+    """Remove what an evaluation wrote; stopped in between, the next run goes on removing."""
+    path = folder / MANIFEST
+    write_atomically(path, (json.dumps({"format": FORMAT, "replaced": True}) + "\n").encode())
+    for name in (*_CONCLUSIONS, "media.json"):
+        (folder / name).unlink(missing_ok=True)
+    for task in _folders(folder / "tasks"):
+        for name in ("items.json", "scores.json", "predictions.jsonl"):
+            (task / name).unlink(missing_ok=True)
+        remove_leftovers(task, "")
+    for store in _folders(folder / "embeddings"):
+        if (store / "keys.json").is_file():
+            shutil.rmtree(store)
+    for name in ("tasks", "embeddings"):
+        for empty in [*_folders(folder / name), folder / name]:
+            with suppress(OSError):  # something else lies in it
+                empty.rmdir()
+    path.unlink()
+
+
+def _folders(parent: Path) -> list[Path]:
+    return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+
+
+def _is_being_replaced(path: Path) -> bool:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("replaced") is True
+
+
+def earlier_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an evaluation that is there and that is not being replaced."""
+    path = folder / MANIFEST
+    return read_manifest(folder) if path.is_file() and not _is_being_replaced(path) else None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -145,10 +185,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format version {value.get('format_version')!r}; this version of ume reads "
             f"{FORMAT_VERSION}: update ume, or start anew with --overwrite"
         )
+    types = {"settings": dict, "tasks": list, "benchmark": str}
+    for name, kind in types.items():
+        if not isinstance(value.get(name), kind):
+            raise StoreError(f"{path}: {name!r} is missing or damaged: start anew with --overwrite")
     return value
 
 
-def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def manifest_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each setting in which two manifests differ, but for informative ones."""
     mine, theirs = _flat(there), _flat(now)
     return [
         f"{name}: {mine.get(name)!r} there, {theirs.get(name)!r} now"

@@ -11,14 +11,17 @@ Two layouts, both below one folder:
     TASK_info.jsonl         and the answers of every query; needs no data root
 
 Pickles are opened by a reader that knows arrays and nothing else, so they cannot run code.
+Whatever would only lower the scores, such as an answer that is not among the candidates, is an
+error.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,13 @@ import torch
 
 from ume_models.errors import DataError
 from ume_models.mmeb.dataset import Query, TaskData
+from ume_models.mmeb.pickled_arrays import STAND_INS, plain
 from ume_models.mmeb.ranking import rank_task
 from ume_models.mmeb.results import RunFolder, TaskScore, score_task
+from ume_models.mmeb.stored_answers import read_answers
 from ume_models.mmeb.tasks import Task
-from ume_models.processing.items import Item
+
+_UNIT = 0.01  # bfloat16 rows of unit length are off by less
 
 
 @dataclass(frozen=True)
@@ -49,18 +55,35 @@ class StoredTask:
     candidates: torch.Tensor
     answers: Sequence[Query] | None = None
 
+    def not_unit_length(self) -> str:
+        """What is to be said of rows that are not of unit length; empty if all of them are."""
+        lengths = torch.cat([rows.norm(dim=1) for rows in (self.queries, self.candidates)])
+        odd = (lengths - 1).abs() > _UNIT
+        if not bool(odd.any()):
+            return ""
+        return (
+            f"{int(odd.sum())} of {len(odd)} embeddings are not of unit length "
+            f"({float(lengths.min()):.3g} to {float(lengths.max()):.3g}): candidates are ranked by "
+            "inner product; normalise the rows if the model's scores are cosines"
+        )
 
-def read_stored(folder: Path, task: Task) -> StoredTask | None:
+
+def read_stored(folder: Path, task: Task, *, answers: bool = True) -> StoredTask | None:
     """The embeddings of a task in one of the two layouts; None where there are none.
+
+    Args:
+        folder: the folder of both layouts.
+        task: which one.
+        answers: read the answers too, if they are there.
 
     Raises:
         DataError: a file is damaged, missing beside the others, or does not fit them.
     """
     own = folder / task.name
-    if (own / "queries.npy").is_file():
-        return _read_arrays(own)
-    if (folder / f"{task.name}_qry").is_file():
-        return _read_official(folder, task)
+    if any((own / f"{side}.npy").is_file() for side in ("queries", "candidates")):
+        return _read_arrays(own, task)
+    if any((folder / f"{task.name}_{side}").is_file() for side in ("qry", "tgt")):
+        return _read_official(folder, task, answers)
     return None
 
 
@@ -91,8 +114,8 @@ def score_stored(
         raise DataError(f"{task.name}: answers are needed: give the data root with --data")
     if len(queries) != len(stored.queries):
         raise DataError(
-            f"{task.name}: {len(stored.queries)} stored queries, {len(queries)} in the tables; "
-            "embeddings and tables must be of the same version, without --limit"
+            f"{task.name}: {len(stored.queries)} stored queries, {len(queries)} with answers; "
+            "embeddings and answers must be of the same version, without --limit"
         )
     if data is not None:
         _check_names(task, data, stored.names)
@@ -117,102 +140,122 @@ def _check_names(task: Task, data: TaskData, names: Sequence[str]) -> None:
         )
 
 
-def _read_arrays(folder: Path) -> StoredTask:
+def _read_arrays(folder: Path, task: Task) -> StoredTask:
     queries, candidates = (_array(folder / f"{side}.npy") for side in ("queries", "candidates"))
     path = folder / "candidates.json"
     try:
         names = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): write the candidates' names") from None
-    if not isinstance(names, list) or not all(isinstance(name, (str, int)) for name in names):
-        raise DataError(f"{path} must be a JSON list of names")
-    return _checked(folder, queries, [str(name) for name in names], candidates, None)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{task.name}: {path} cannot be read ({error}): write the candidates' names"
+        ) from None
+    if not isinstance(names, list) or not all(
+        isinstance(name, (str, int)) and not isinstance(name, bool) for name in names
+    ):
+        raise DataError(f"{task.name}: {path} must be a JSON list of names")
+    where = f"{task.name}: {folder}"
+    return _checked(where, queries, [str(name) for name in names], candidates)
 
 
-def _read_official(folder: Path, task: Task) -> StoredTask:
-    queries = _unpickled(folder / f"{task.name}_qry")
-    targets = _unpickled(folder / f"{task.name}_tgt")
-    if not isinstance(queries, np.ndarray) or not isinstance(targets, dict) or not targets:
-        raise DataError(f"{folder}: {task.name}_qry must hold an array, {task.name}_tgt a mapping")
+def _read_official(folder: Path, task: Task, answers: bool) -> StoredTask:
+    paths = [folder / f"{task.name}_{side}" for side in ("qry", "tgt")]
+    queries, targets = map(_unpickled, paths)
+    if not isinstance(queries, np.ndarray):
+        raise DataError(f"{task.name}: {paths[0]} must hold an array; write it again")
+    if not isinstance(targets, Mapping) or not targets:
+        raise DataError(
+            f"{task.name}: {paths[1]} must hold a mapping from names to embeddings; write it again"
+        )
     names = [str(name) for name in targets]
-    candidates = np.stack([np.asarray(row) for row in targets.values()])
+    candidates = _stacked(f"{task.name}: {paths[1]}", names, list(targets.values()))
+    stored = _checked(f"{task.name}: {folder}", queries, names, candidates)
     path = folder / f"{task.name}_info.jsonl"
-    answers = None
-    if path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-            answers = [
-                _answer(json.loads(line), number, task)
-                for number, line in enumerate(filter(None, lines))
-            ]
-        except (ValueError, KeyError, TypeError) as error:
+    if not answers or not path.is_file():
+        return stored
+    return replace(stored, answers=read_answers(path, task, {*names}))
+
+
+def _stacked(where: str, names: Sequence[str], rows: Sequence[Any]) -> np.ndarray:
+    """Embeddings ``[C, D]`` of one row each."""
+    for name, row in zip(names, rows, strict=True):
+        if not isinstance(row, np.ndarray) or row.ndim != 1 or row.dtype.kind != "f":
+            raise DataError(f"{where}: the embedding of {name!r} is not a row of floats")
+        if len(row) != len(rows[0]):
             raise DataError(
-                f"{path} is not as the official evaluation writes it: {error!r}"
-            ) from None
-    return _checked(folder, queries, names, candidates, answers)
-
-
-def _answer(info: dict[str, Any], number: int, task: Task) -> Query:
-    labels = info["label_name"] if isinstance(info["label_name"], list) else [info["label_name"]]
-    grades = info.get("rel_scores")
-    if grades is None:
-        labels = list(dict.fromkeys(labels))
-    return Query(
-        item=Item(id=str(number)),
-        relevant=tuple(map(str, labels)),
-        grades=None if grades is None else tuple(map(float, grades)),
-        candidates=tuple(map(str, info["cand_names"])) if task.ranking == "local" else (),
-        labels=tuple(labels),
-    )
+                f"{where}: the embedding of {name!r} has {len(row)} columns, that of {names[0]!r} "
+                f"{len(rows[0])}; embed all candidates with one model"
+            )
+    return np.stack(rows)
 
 
 def _checked(
-    where: Path,
-    queries: np.ndarray,
-    names: list[str],
-    candidates: np.ndarray,
-    answers: Sequence[Query] | None,
+    where: str, queries: np.ndarray, names: list[str], candidates: np.ndarray
 ) -> StoredTask:
-    for side, array in (("queries", queries), ("candidates", candidates)):
-        if array.ndim != 2 or array.dtype.kind != "f" or not len(array):
-            raise DataError(
-                f"{where}: {side} must be float [n, D], got {array.dtype} {list(array.shape)}"
-            )
+    rows = [
+        _float_rows(where, side, array)
+        for side, array in (("queries", queries), ("candidates", candidates))
+    ]
+    if len(names) != len(candidates):
+        raise DataError(
+            f"{where}: {len(names)} names for {len(candidates)} candidates; write them together"
+        )
+    if len(set(names)) < len(names):
+        [(twice, _)] = Counter(names).most_common(1)
+        raise DataError(f"{where}: two candidates have the name {twice!r}; names must be unique")
     if queries.shape[1] != candidates.shape[1]:
         raise DataError(
-            f"{where}: queries have {queries.shape[1]} columns, candidates {candidates.shape[1]}"
+            f"{where}: queries have {queries.shape[1]} columns, candidates {candidates.shape[1]}; "
+            "embed both with one model"
         )
-    if len(names) != len(candidates):
-        raise DataError(f"{where}: {len(names)} names for {len(candidates)} candidates")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{where}: two candidates have the name {twice!r}; names must be unique")
-    rows = [torch.from_numpy(np.array(array, dtype=np.float32)) for array in (queries, candidates)]
-    return StoredTask(rows[0], names, rows[1], answers)
+    return StoredTask(rows[0], names, rows[1])
+
+
+def _float_rows(where: str, side: str, array: np.ndarray) -> torch.Tensor:
+    """An array as float32 ``[n, D]``."""
+    if array.ndim != 2 or array.dtype.kind != "f" or not array.size:
+        raise DataError(
+            f"{where}: {side} must be float [n, D], got {array.dtype} {list(array.shape)}"
+        )
+    with np.errstate(over="ignore"):
+        rows = np.array(array, dtype=np.float32, order="C")
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            f"{where}: row {int(np.argmin(finite))} of {side} holds NaN, infinity or more than "
+            "float32 can; embed it again"
+        )
+    return torch.from_numpy(rows)
 
 
 def _array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # numpy parses the header as Python, and may raise what that does
         raise DataError(f"{path} cannot be read ({error}): write it with numpy.save") from None
-    return np.asarray(array)
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path} holds several arrays: write one with numpy.save")
+    return array
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Builds arrays and plain containers; every other class is refused."""
-
-    _ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"})
+    """Builds arrays and plain containers; everything else is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".", 1)[0] == "numpy" and name in self._ALLOWED:
-            return super().find_class(module, name)
+        if (module, name) in STAND_INS:
+            return STAND_INS[module, name]
         raise pickle.UnpicklingError(f"it holds a {module}.{name}, and only arrays are read")
 
 
 def _unpickled(path: Path) -> Any:
     try:
         with open(path, "rb") as handle:
-            return _ArraysOnly(handle).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+            return plain(_ArraysOnly(handle).load())
+    except MemoryError:
+        raise
+    except Exception as error:  # bytes that are no pickle may raise anything
+        raise DataError(
+            f"{path} cannot be read ({error}): it must be a pickle of float arrays, as the "
+            "official evaluation writes it"
+        ) from None

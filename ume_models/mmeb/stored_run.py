@@ -49,21 +49,27 @@ def score_folder(
         progress: receives what happens.
 
     Raises:
-        DataError: the folder has none of the tasks; or, with ``on_error="stop"``, embeddings of
-            one do not fit it.
+        DataError: the folder has none of the tasks, or it lies in the output folder; or, with
+            ``on_error="stop"``, embeddings of a task do not fit it.
         StoreError: the output folder belongs to another evaluation.
     """
     reading, options = reading or ReadOptions(), options or EvalOptions()
     progress = progress or Progress()
     if not embeddings.is_dir():
         raise DataError(f"{embeddings} is not a folder of stored embeddings")
+    source, target = embeddings.resolve(), output.resolve()
+    if target == source or target in source.parents:
+        raise DataError(
+            f"{embeddings} lies in the output folder {output}, whose contents an evaluation may "
+            "replace: choose another folder with -o"
+        )
     output.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(output)
     try:
         manifest = settings.describe(
             package_version=__version__,
             model=str(embeddings.absolute()),
-            fingerprint=_files_digest(embeddings),
+            fingerprint=_files_digest(source, target),
             benchmark=tasks[0].benchmark,
             tasks=[task.name for task in tasks],
             data="" if data is None else str(data.absolute()),
@@ -75,21 +81,29 @@ def score_folder(
         settings.begin(output, manifest, overwrite=overwrite)
         results = RunFolder(output)
         missing: dict[str, str] = {}
+        found = False
         for task in tasks:
             try:
-                stored = read_stored(embeddings, task)
+                stored = read_stored(embeddings, task, answers=data is None)
                 if stored is None:
-                    raise DataError(f"no embeddings of this task in {embeddings}")
+                    missing[task.name] = f"no embeddings of this task in {embeddings}"
+                    results.discard(task.name)
+                    continue
+                found = True
+                if odd := stored.not_unit_length():
+                    progress.note(f"{task.name}: {odd}")
                 table = None if data is None else read_task(task, data, reading)
                 score = score_stored(
                     stored, task, table, results, top=options.top, legacy_ndcg=options.legacy_ndcg
                 )
                 progress.scored(score)
             except DataError as error:
-                if options.on_error == "stop" and not str(error).startswith("no embeddings"):
+                results.discard(task.name)
+                if options.on_error == "stop":
                     raise
+                found = True
                 missing[task.name] = str(error)
-        if len(missing) == len(tasks):
+        if not found:
             raise DataError(
                 f"{embeddings} has embeddings of none of the {len(tasks)} tasks; expected "
                 "TASK/queries.npy, or TASK_qry and TASK_tgt as the official evaluation writes them"
@@ -102,11 +116,16 @@ def score_folder(
             os.close(lock)
 
 
-def _files_digest(folder: Path) -> str:
-    """Names, sizes and times of the files: other embeddings are another evaluation."""
+def _files_digest(folder: Path, output: Path) -> str:
+    """Names, sizes and times of the files: other embeddings are another evaluation.
+
+    Args:
+        folder: where the embeddings are.
+        output: where results go; they do not count where they lie among the embeddings.
+    """
     state = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and output not in path.parents:
             found = path.stat()
             name = path.relative_to(folder).as_posix()
             state.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())

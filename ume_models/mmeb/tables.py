@@ -56,7 +56,7 @@ class Table(ABC):
             raise DataError(
                 f"{self.files[0]} has no column {', '.join(map(repr, missing))} (it has "
                 f"{', '.join(map(repr, self.columns))}): it is not in the layout that this "
-                "benchmark is published in"
+                "benchmark is published in; get it again"
             )
 
 
@@ -73,13 +73,15 @@ def open_table(files: Sequence[Path]) -> Table:
     """
     kinds = {path.suffix for path in files}
     if len(kinds) != 1:
-        raise DataError(f"tables of several kinds: {', '.join(map(str, files))}")
+        raise DataError(
+            f"tables of several kinds: {', '.join(map(str, files))}; keep those of one kind"
+        )
     kind = kinds.pop()
     if kind in (".jsonl", ".json", ".csv"):
         read = _read_csv if kind == ".csv" else _read_json
         return _RowTable(files, [row for path in files for row in read(path)])
     if kind not in (".parquet", ".arrow"):
-        raise DataError(f"{files[0]} is not a parquet, arrow, jsonl, json or csv file")
+        raise DataError(f"{files[0]} is not a parquet, arrow, jsonl, json or csv file; convert it")
     if importlib.util.find_spec("pyarrow") is None:
         raise DataError(
             f"reading {files[0]} needs pyarrow, which is not installed: `pip install pyarrow`"
@@ -126,7 +128,7 @@ def _read_json(path: Path) -> list[Mapping[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not JSON ({error}); get the file again") from None
     else:
         # Only line feeds end a line: texts may hold other separators that Unicode knows.
@@ -134,13 +136,15 @@ def _read_json(path: Path) -> list[Mapping[str, Any]]:
             if line.strip():
                 try:
                     rows.append(json.loads(line))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(
                         f"{path}, line {number}, is not JSON ({error}); get the file again"
                     ) from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
-            raise DataError(f"{path}: row {number} is not an object with named columns")
+            raise DataError(
+                f"{path}: row {number} is not an object with named columns; get the file again"
+            )
     return rows
 
 
@@ -149,7 +153,9 @@ def _read_csv(path: Path) -> list[Mapping[str, Any]]:
     try:
         rows: list[dict[str, Any]] = list(reader)
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}, is not CSV ({error})") from None
+        raise DataError(
+            f"{path}, line {reader.line_num}, is not CSV ({error}); get the file again"
+        ) from None
     for name in reader.fieldnames or ():
         try:  # a column of integers is one in every other kind of table
             numbers = [int(row[name]) for row in rows]
@@ -164,4 +170,4 @@ def _text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error})") from None
+        raise DataError(f"{path} cannot be read ({error}); get the file again") from None

@@ -177,7 +177,7 @@ class TorchTeam(Team):
             if not self._has(f"done/{rank}") and self._is_dead(rank, now):
                 reason = (
                     f"{self._name(rank)} has died. Finished shards are kept: start the same "
-                    "command again to go on."
+                    "command again, without --overwrite, to go on."
                 )
                 self._tell(reason)
                 raise TeamError(reason)
@@ -248,7 +248,7 @@ class TorchTeam(Team):
     def _leader_lost(self) -> TeamError:
         return TeamError(
             f"{self._leader} cannot be reached any more: it has died. Finished shards are kept: "
-            "start the same command again to go on."
+            "start the same command again, without --overwrite, to go on."
         )
 
     def _pause(self) -> None:

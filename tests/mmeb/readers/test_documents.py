@@ -137,6 +137,37 @@ def test_what_has_no_answer_is_named(root: Any) -> None:
     assert root.read("ViDoRe_tatdqa").queries[0].relevant == ("99",)
 
 
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"queries": ((7, "who?"), (3, None))}, "queries.*row 1: column 'query' is empty"),
+        ({"queries": ((None, "who?"),)}, "queries.*row 0: column 'query-id' is empty"),
+        ({"queries": ((7, "\ud800"),)}, "queries.*row 0: column 'query' holds half a character"),
+        ({"pages": (10, None)}, "corpus.*row 1: column 'corpus-id' is empty"),
+        ({"pages": ("a\0b",)}, "corpus.*row 0: column 'corpus-id' holds a NUL"),
+        ({"judgements": ((7, None, 1),)}, "qrels.*row 0: column 'corpus-id' is empty"),
+        ({"judgements": ((7, 10, float("inf")),)}, "qrels.*row 0: the score inf is not a number"),
+        ({"judgements": ((7, 10, float("nan")),)}, "qrels.*row 0: the score nan is not a number"),
+        ({"judgements": ((7, 10, -1),)}, "qrels.*row 0: the score -1 is not a number from 0 to"),
+        ({"judgements": ((7, 10, True),)}, "qrels.*row 0: the score True is not a number from 0"),
+        ({"judgements": ((7, 10, 5000),)}, "qrels.*row 0: the score 5000 is not a number from 0"),
+    ],
+)
+def test_cells_that_cannot_be_what_they_stand_for(
+    root: Any, cells: dict[str, Any], message: str
+) -> None:
+    beir(root, "tatdqa_test_beir", **cells)
+    with pytest.raises(DataError, match=f"^ViDoRe_tatdqa: .*{message}.*get the table again$"):
+        root.read("ViDoRe_tatdqa")
+
+
+def test_names_too_long_for_the_disk_are_read_from_the_table(root: Any) -> None:
+    name = "a" * 300
+    beir(root, "tatdqa_test_beir", queries=((7, "?"),), judgements=((7, name, 1),), pages=(name,))
+    page = root.path / f"visdoc-tasks/ViDoRe_tatdqa/{name}.png"
+    assert root.read("ViDoRe_tatdqa").candidates.item(0).images == (page,)
+
+
 def test_a_missing_collection_is_named(root: Any) -> None:
     beir(root, "tatdqa_test_beir")
     (root.path / "visdoc-tasks/tatdqa_test_beir/corpus/test.jsonl").unlink()

@@ -152,6 +152,15 @@ def test_a_limit_takes_queries_and_leaves_candidates(root: Any) -> None:
 @pytest.mark.parametrize(
     ("task", "cells", "message"),
     [
+        ("VOC2007", {"qry_img_path": None}, "row 1: column 'qry_img_path' is empty"),
+        ("GQA", {"qry_img_path": ""}, "row 1: column 'qry_img_path' is empty"),
+        ("CIRR", {"qry_img_path": None}, "row 1: column 'qry_img_path' is empty"),
+        ("CIRR", {"qry_img_path": "a\0.jpg"}, "row 1: column 'qry_img_path' holds a NUL"),
+        ("WebQA", {"tgt_img_path": [""]}, "row 1: path 0 of 'tgt_img_path' is empty"),
+        ("WebQA", {"tgt_img_path": ["\0"]}, "row 1: column 'tgt_img_path' holds a NUL"),
+        ("WebQA", {"qry_text": None}, "row 1: column 'qry_text' is empty"),
+        ("WebQA", {"qry_text": "\ud83d"}, r"row 1: column 'qry_text' holds half a character"),
+        ("VOC2007", {"tgt_text": ["a", "\udc00"]}, "row 1: column 'tgt_text' holds half"),
         ("VOC2007", {"tgt_text": []}, "row 1: column 'tgt_text' has an empty list"),
         ("VOC2007", {"tgt_text": "cat"}, "row 1: column 'tgt_text' must hold lists"),
         ("VOC2007", {"qry_text": 3}, "row 1: column 'qry_text' holds int"),
@@ -162,8 +171,10 @@ def test_a_limit_takes_queries_and_leaves_candidates(root: Any) -> None:
 def test_rows_that_cannot_be_read_are_named(
     root: Any, task: str, cells: dict[str, Any], message: str
 ) -> None:
-    table = root.table(f"image-tasks/{task}/test.jsonl", [row(), row(**cells)])
-    with pytest.raises(DataError, match=rf"^{task}: .*{message}") as caught:
+    good = {"qry_img_path": "q.jpg", "tgt_img_path": ["t.jpg"]}
+    rows = [row(**good), row(**{**good, **cells})]
+    table = root.table(f"image-tasks/{task}/test.jsonl", rows)
+    with pytest.raises(DataError, match=rf"^{task}: .*{message}.*; get the table again$") as caught:
         root.read(task)
     assert str(table) in str(caught.value)
 

@@ -116,9 +116,30 @@ def test_what_datasets_saves(tmp_path: Path) -> None:
     assert found(tmp_path / "plain", None, "test") == names
     assert found(tmp_path / "dict", None, "test") == [f"test/{name}" for name in names]
     assert found(tmp_path / "dict", None, "train") == []
-    (tmp_path / "plain/state.json").write_text("{}")
-    with pytest.raises(DataError, match=r"state\.json cannot be read"):
-        find_tables(tmp_path / "plain", None, "test")
+    for content in ("{}", '{"_data_files": [{"filename": 3}]}', '{"_data_files": 3}', "["):
+        (tmp_path / "plain/state.json").write_text(content)
+        with pytest.raises(DataError, match=r"state\.json cannot be read.*save the dataset again"):
+            find_tables(tmp_path / "plain", None, "test")
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        "configs: 5",
+        "configs: [{config_name: default, data_files: 7}]",
+        "configs: [{config_name: default, data_files: {test: ''}}]",
+        "configs: [{config_name: default, data_files: [{split: test, path: ''}]}]",
+        "configs: [{config_name: default, data_files: [{split: test, path: [1]}]}]",
+        "configs: [{config_name: default, data_files: [{split: test, path: 4}]}]",
+        "configs: [{config_name: default, data_files: [{split: test, path: 'a**b'}]}]",
+        f"configs: [{{config_name: default, data_files: [{{split: test, path: {'a' * 300}}}]}}]",
+    ],
+)
+def test_heads_that_declare_no_files_are_named(tmp_path: Path, readme: str) -> None:
+    pytest.importorskip("yaml")
+    write(tmp_path, "test.jsonl", readme=readme)
+    with pytest.raises(DataError, match=r"README\.md does not declare files .*get the file again"):
+        find_tables(tmp_path, None, "test")
 
 
 def test_places_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

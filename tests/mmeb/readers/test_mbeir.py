@@ -18,16 +18,17 @@ HEADER = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\tpro
 TASKS = {task.name: task for task in MBEIR}
 
 
-def query(number: int, text: str | None, path: str | None = None) -> dict[str, Any]:
+def query(number: int, text: Any, path: Any = None) -> dict[str, Any]:
     return {
         "qid": f"8:{number}", "query_txt": text, "query_img_path": path,
-        "query_modality": "image,text", "query_src_content": None,
+        "query_modality": "image,text" if path else "text", "query_src_content": None,
         "pos_cand_list": ["8:11"], "neg_cand_list": [],
     }  # fmt: skip
 
 
-def candidate(did: str, text: str | None, path: str | None = None) -> dict[str, Any]:
-    return {"did": did, "txt": text, "img_path": path, "modality": "image", "src_content": None}
+def candidate(did: str, text: Any, path: Any = None) -> dict[str, Any]:
+    return {"did": did, "txt": text, "img_path": path,
+            "modality": "image" if path else "text", "src_content": None}  # fmt: skip
 
 
 def write(
@@ -77,7 +78,7 @@ def test_composed_queries_and_pictures(tmp_path: Path) -> None:
         queries=[
             query(1, "is in blue", "mbeir_images/a.jpg"),
             query(2, ' "more of them!"\r', "mbeir_images/b.jpg"),
-            query(3, None, None),
+            query(3, "", None),
         ],
         pool=[
             candidate("8:12", "a dog", None),
@@ -180,13 +181,30 @@ def test_missing_files_are_named(lost: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"queries": [{"query_txt": "a"}]}, "test.jsonl, line 1 has no 'qid'"),
-        ({"pool": [{"txt": "a"}]}, "cand_pool.jsonl, line 1 has no 'did'"),
+        ({"queries": [{"query_txt": "a"}]}, "test.jsonl, line 1: column 'qid' is empty.*again"),
+        ({"pool": [{"txt": "a"}]}, "cand_pool.jsonl, line 1: column 'did' is empty.*again"),
+        ({"queries": [{**query(1, "a"), "query_modality": "image,text"}]},
+         "line 1: column 'query_img_path' is empty"),
+        # Rows that do not say it have the modality of the task.
+        ({"queries": [{"qid": "8:1", "query_txt": "a"}]},
+         "line 1: column 'query_img_path' is empty"),
+        ({"queries": [query(1, None)]}, "line 1: column 'query_txt' is empty"),
+        ({"queries": [query(1, "a", 5)]}, "line 1: column 'query_img_path' holds int.*again"),
+        ({"queries": [query(1, "a", "\0")]}, "line 1: column 'query_img_path' holds a NUL"),
+        ({"queries": [query(1, ["a"])]}, "line 1: column 'query_txt' holds list"),
+        ({"queries": [query(1, "\ud800")]}, "line 1: column 'query_txt' holds half"),
+        ({"queries": [{**query(1, "a"), "qid": ["8:1"]}]}, "line 1: column 'qid' must hold"),
+        ({"pool": [candidate("8:11", ["a"])]}, "pool.jsonl, line 1: column 'txt' holds list"),
+        ({"pool": [candidate("8:11", None, 3)]}, "line 1: column 'img_path' holds int"),
+        ({"pool": [{**candidate("8:11", "a"), "modality": "image"}]},
+         "pool.jsonl, line 1: column 'img_path' is empty"),
+        ({"qrels": ["8:1 0 8:11 -1 7"]}, "qrels.txt, line 1 does not have the columns"),
+        ({"qrels": ["8:1 0 8:11 100000 7"]}, "qrels.txt, line 1 does not have the columns"),
         ({"qrels": ["8:1 0 8:11 1 7", "8:1 8:11"]}, "qrels.txt, line 2 does not have the columns"),
         ({"qrels": ["8:1 0 8:11 yes 7"]}, "qrels.txt, line 1 does not have the columns"),
         ({"instructions": ["image,text\ttext\tCIRR\t8\tNo."]}, "no instruction for data set 8"),
     ],
-)
+)  # fmt: skip
 def test_other_layouts_are_named(broken: dict[str, Any], message: str, tmp_path: Path) -> None:
     write(tmp_path, **broken)
     with pytest.raises(DataError, match=message):
@@ -196,7 +214,9 @@ def test_other_layouts_are_named(broken: dict[str, Any], message: str, tmp_path:
 def test_lines_that_are_not_json_are_named(tmp_path: Path) -> None:
     write(tmp_path)
     file = tmp_path / "M-BEIR/query/test/mbeir_cirr_task7_test.jsonl"
-    for content, message in ((b'{"qid"\n', "line 1 is not JSON"), (b"[1]\n", "not a JSON object"),
+    for content, message in ((b'{"qid"\n', "line 1 is not JSON"),
+                             (b"[" * 100_000, "line 1 is not JSON"),
+                             (b"[1]\n", "not a JSON object"),
                              (b'{"qid": "\xff"}\n', "not UTF-8")):  # fmt: skip
         file.write_bytes(content)
         with pytest.raises(DataError, match=message):

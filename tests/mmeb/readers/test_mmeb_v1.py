@@ -20,7 +20,7 @@ TASKS = {task.name: task for task in MMEB_V1}
 
 
 def row(
-    text: str, path: str, texts: Sequence[str] | None, paths: Sequence[str] | None
+    text: str, path: str | None, texts: Sequence[str] | None, paths: Sequence[str] | None
 ) -> dict[str, Any]:
     return {"qry_text": text, "qry_img_path": path, "tgt_text": texts, "tgt_img_path": paths}
 
@@ -117,6 +117,10 @@ def test_a_limit_keeps_all_candidates(tmp_path: Path) -> None:
             row("?", "", ["a", "b"], [""]),
             "row 1: 'tgt_text' has 2 entries and 'tgt_img_path' has 1",
         ),
+        (row(PICTURE, "", ["a"], [""]), "row 1: column 'qry_img_path' is empty"),
+        (row(PICTURE, None, ["a"], [""]), "row 1: column 'qry_img_path' is empty"),
+        (row("?", "", [PICTURE], [""]), "row 1: path 0 of 'tgt_img_path' is empty"),
+        (row("?", "\0", ["a"], [""]), "row 1: column 'qry_img_path' holds a NUL"),
         (row("?", "", [], []), "row 1: column 'tgt_text' has an empty list"),
         (row("?", "", "a", [""]), "row 1: column 'tgt_text' must hold lists"),  # type: ignore[arg-type]
         (row("?", "", None, [""]), "row 1: column 'tgt_text' must hold lists"),

@@ -43,6 +43,24 @@ def test_videos_without_clips_are_named(root: Any) -> None:
         root.read("QVHighlight")
 
 
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"query": None}, "column 'query' is empty"),
+        ({"video_path": None}, "column 'video_path' is empty"),
+        ({"video_path": "a\0.mp4"}, "column 'video_path' holds a NUL byte"),
+        ({"video_path": "a" * 300}, "not in the layout.*OSError.*too long"),
+        ({"video_path": 1.5}, "column 'video_path' must hold texts or whole numbers, not 1.5"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(root: Any, cells: dict[str, Any], message: str) -> None:
+    root.files("video-tasks/frames/video_mret/QVHighlight/there/positive_1", "0.jpg")
+    good = {"query": "q", "video_path": "there.mp4"}
+    root.table("video-tasks/QVHighlight/test.jsonl", [good, {**good, **cells}])
+    with pytest.raises(DataError, match=f"^QVHighlight: .*jsonl, row 1: .*{message}.*; get the"):
+        root.read("QVHighlight")
+
+
 @pytest.fixture
 def seeker(root: Any) -> Any:
     frames = "video-tasks/frames/video_mret/MomentSeeker"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ume_models.errors import DataError
-from ume_models.mmeb.dataset import ReadOptions
+from ume_models.mmeb import readers
+from ume_models.mmeb.dataset import ReadOptions, TaskData
 from ume_models.mmeb.mmeb_v2 import MMEB_V2
 from ume_models.mmeb.readers import READERS, read_task, reader
 
@@ -24,6 +25,27 @@ def test_every_task_has_one(tmp_path: Path) -> None:
             read_task(task, tmp_path / "nothing", ReadOptions())
         assert str(caught.value).startswith(f"{task.name}: there are no tables of ")
         assert task.source.repository in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(36, "File name too long"), ValueError("embedded null byte"), TypeError("not a str"),
+     KeyError("x"), AttributeError("no"), IndexError("out"), OverflowError("inf"), RecursionError(),
+     UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_unexpected_errors_name_the_task_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def read(*_: object) -> TaskData:
+        raise error
+
+    monkeypatch.setattr(readers, "reader", lambda name: read)
+    with pytest.raises(DataError, match=r"it is not in the layout .*; get it again$") as caught:
+        read_task(MMEB_V2[0], tmp_path, ReadOptions())
+    told = str(caught.value)
+    assert told.startswith(f"{MMEB_V2[0].name}: ") and MMEB_V2[0].source.repository in told
+    assert f"{type(error).__name__}: {error}" in told and caught.value.__cause__ is error
 
 
 def test_an_unknown_reader_is_named() -> None:

@@ -78,6 +78,7 @@ def test_cells_in_any_order_with_little_memory(tmp_path: Path, cache: int) -> No
     order = [*range(100), *random.Random(0).sample(range(100), 100), *range(99, -1, -1)]
     assert all(table.cell(row, "image") == ROWS[row]["image"] for row in order)
     assert table._cached <= max(cache, max(part.nbytes for part in table._cache.values()))
+    assert len(table._firsts) == sum(map(len, table._cache.values()))
 
 
 def test_consecutive_cells_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +92,26 @@ def test_consecutive_cells_are_read_once(tmp_path: Path, monkeypatch: pytest.Mon
     for row in range(100):
         table.cell(row, "image")
     assert len(opened) == 2  # once for each row group
+
+
+def test_cached_cells_are_found_without_a_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow")
+    table: Any = open_table([parquet(tmp_path / "a.parquet", ROWS, 10)])
+    for row in range(100):
+        table.cell(row, "text")
+    runs = len(table._cache)
+
+    class Unsearched(type(table._cache)):  # type: ignore[misc]
+        def items(self) -> Any:
+            raise AssertionError("all runs were looked at")
+
+        __iter__ = items
+
+    table._cache = Unsearched(table._cache.copy())
+    assert [table.cell(row, "text") for row in range(100)] == [row["text"] for row in ROWS]
+    assert len(table._cache) == runs == 10 and len(table._firsts) == 100
 
 
 def test_cells_from_several_threads(tmp_path: Path) -> None:
@@ -122,6 +143,8 @@ def test_csv(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl, line 2, is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl is not JSON"),
+        ("a.jsonl", b'{"a":' * 100_000, "a.jsonl, line 1, is not JSON"),
         ("a.jsonl", b"3\n", "row 1 is not an object"),
         ("a.json", b"[1", "a.json is not JSON"),
         ("a.jsonl", b"\xff\xfe{", "a.jsonl cannot be read"),

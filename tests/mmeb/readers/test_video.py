@@ -17,6 +17,13 @@ QUESTION = (
     "Return only the exact text of your chosen answer. Question: "
 )
 FRAMES = "video-tasks/frames"
+TABLES = {
+    "Breakfast": "video-tasks/Breakfast/test.jsonl",
+    "SmthSmthV2": "video-tasks/SmthSmthV2/test.jsonl",
+    "MSR-VTT": "video-tasks/MSR-VTT/test_1k/test.jsonl",
+    "MSVD": "video-tasks/MSVD/data/test.jsonl",
+    "EgoSchema": "video-tasks/EgoSchema/Subset/test.jsonl",
+}
 
 
 @pytest.mark.parametrize(
@@ -199,6 +206,31 @@ def test_answers_that_cannot_be_found_are_named(
     root.table(f"video-tasks/{path}.jsonl", [cells])
     with pytest.raises(DataError, match=f"^{task}: .*{message}"):
         root.read(task)
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("Breakfast", {"video_id": None, "pos_text": "tea"}),
+        ("Breakfast", {"video_id": "a\0", "pos_text": "tea"}),
+        ("Breakfast", {"video_id": "a", "pos_text": None}),
+        ("SmthSmthV2", {"video_id": None, "pos_text": "a", "neg_text": ["a"]}),
+        ("SmthSmthV2", {"video_id": 1, "pos_text": None, "neg_text": ["a"]}),
+        ("MSR-VTT", {"video_id": None, "caption": "a"}),
+        ("MSR-VTT", {"video_id": "a\0b", "caption": "a"}),
+        ("MSR-VTT", {"video_id": "v", "caption": None}),
+        ("MSVD", {"video_id": "v", "caption": None}),
+        ("EgoSchema", {"video_idx": None, "question": "q", "option": ["A. a"], "answer": 0}),
+        ("EgoSchema", {"video_idx": "v", "question": None, "option": ["A. a"], "answer": 0}),
+        ("EgoSchema", {"video_idx": "v", "question": "q", "option": ["A"], "answer": float("inf")}),
+        ("EgoSchema", {"video_idx": "v", "question": "q", "option": ["A"], "answer": 0.5}),
+    ],
+)
+def test_cells_without_content_are_named(root: Any, task: str, row: dict[str, Any]) -> None:
+    file = root.table(TABLES[task], [row])
+    with pytest.raises(DataError, match=rf"^{task}: .*, row 0: .*get the table again$") as caught:
+        root.read(task)
+    assert str(file) in str(caught.value)
 
 
 def test_mvbench_answers_are_among_the_candidates(root: Any) -> None:

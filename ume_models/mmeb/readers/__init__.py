@@ -8,6 +8,7 @@ from typing import Protocol
 
 from ume_models.errors import DataError
 from ume_models.mmeb.dataset import ReadOptions, TaskData
+from ume_models.mmeb.readers.cells import UNEXPECTED, unexpected
 from ume_models.mmeb.tasks import Task
 
 
@@ -81,3 +82,9 @@ def read_task(task: Task, root: Path, options: ReadOptions) -> TaskData:
         if str(error).startswith(name):
             raise
         raise DataError(f"{name}{error}") from error
+    except UNEXPECTED as error:
+        # One odd table must not end the reading of all others.
+        raise DataError(
+            f"{task.name}: a table of {task.tables(options.labels).repository}, or a folder of its "
+            f"media, cannot be read: {unexpected(error)}; get it again"
+        ) from error

@@ -18,7 +18,8 @@ from PIL import Image
 from ume_models.errors import DataError
 from ume_models.mmeb.dataset import Candidates, Query, ReadOptions, TaskData
 from ume_models.mmeb.locate import locate
-from ume_models.mmeb.readers.wording import instruct, name_of, row_named, text_of
+from ume_models.mmeb.readers.cells import name_of, row_named, text_of
+from ume_models.mmeb.readers.wording import instruct
 from ume_models.mmeb.tables import Table, open_table, picture
 from ume_models.mmeb.tasks import Task
 from ume_models.processing.items import Item, MediaSource
@@ -26,6 +27,8 @@ from ume_models.processing.items import Item, MediaSource
 _JPEG = (".jpg", ".jpeg")
 # Characters of a page's name that its file's name keeps; names may be longer than files' can be.
 _KEPT = 50
+# The exponential gain is 2^grade - 1, so larger ones are surely none and would drown all others.
+_LARGEST_GRADE = 100
 
 
 def read_vidore(task: Task, root: Path, options: ReadOptions) -> TaskData:
@@ -71,6 +74,10 @@ class Pages(Candidates):
         self._rows, self._corpus, self._folders = rows, corpus, folders
         self._file_name, self._text = file_name, text
 
+    def reading_order(self) -> Sequence[int]:
+        # The judged pages stand first among the names, wherever they lie in the corpus.
+        return sorted(range(len(self)), key=lambda at: self._rows.get(self.names[at], -1))
+
     def item(self, position: int) -> Item:
         name = self.names[position]
         return Item(self._text, (self._page(name),), id=name)
@@ -91,7 +98,8 @@ class Pages(Candidates):
     def extracted(self, name: str) -> Path | None:
         """A page's file; None where it has not been extracted."""
         places = (folder / self._file_name(name) for folder in self._folders)
-        return next((place for place in places if place.is_file()), None)
+        # Names too long for the disk are no files; Path.is_file would raise.
+        return next((place for place in places if os.path.isfile(place)), None)
 
 
 def _read(
@@ -109,7 +117,8 @@ def _read(
     rows: dict[str, int] = {}
     clashes: dict[str, None] = {}
     for number, row in enumerate(corpus.rows("corpus-id")):
-        name = name_of(row["corpus-id"])
+        with row_named(corpus, number):
+            name = name_of(row, "corpus-id")
         if rows.setdefault(name, number) != number:
             clashes[name] = None
 
@@ -118,17 +127,16 @@ def _read(
     ids: dict[str, int] = {}
     unanswered: list[str] = []
     for number, row in enumerate(queries.rows("query-id", "query")):
-        of_query = name_of(row["query-id"])
+        with row_named(queries, number):
+            of_query, text = name_of(row, "query-id"), text_of(row, "query")
         answers = judged.get(of_query, {})
         if not answers:
             unanswered.append(of_query)
         names |= dict.fromkeys(answers)
         if options.limit is None or number < options.limit:
-            with row_named(queries, number):
-                text = instruct(words.query, text_of(row, "query"))
             ids[of_query] = ids.get(of_query, 0) + 1
             repeated = f"#{ids[of_query]}" if ids[of_query] > 1 else ""
-            item = Item(text, id=of_query + repeated)
+            item = Item(instruct(words.query, text), id=of_query + repeated)
             grades = tuple(float(grade) for _, grade in answers.values())
             labels = tuple(label for label, _ in answers.values())
             asked.append(Query(item, tuple(answers), grades, labels=labels))
@@ -162,13 +170,16 @@ def _judgements(qrels: Table) -> dict[str, dict[str, tuple[str | int, float]]]:
     found: dict[str, dict[str, tuple[str | int, float]]] = {}
     for number, row in enumerate(qrels.rows("query-id", "corpus-id", "score")):
         with row_named(qrels, number):
-            if not isinstance(row["score"], (int, float)):
-                raise DataError(f"the score {row['score']!r} is not a number")
-        if row["score"] > 0:
-            pages = found.setdefault(name_of(row["query-id"]), {})
-            name = name_of(row["corpus-id"])
+            query, name = name_of(row, "query-id"), name_of(row, "corpus-id")
+            score = row["score"]
+            # Compared in this way, NaN is refused as well.
+            number_like = isinstance(score, (int, float)) and not isinstance(score, bool)
+            if not number_like or not 0 <= score <= _LARGEST_GRADE:
+                raise DataError(f"the score {score!r} is not a number from 0 to {_LARGEST_GRADE}")
+        if score > 0:
+            pages = found.setdefault(query, {})
             before = pages.get(name, (row["corpus-id"], 0))[1]
-            pages[name] = (row["corpus-id"], max(before, row["score"]))
+            pages[name] = (row["corpus-id"], max(before, score))
     return found
 
 
@@ -184,7 +195,7 @@ def _as_extracted(page: bytes, file_name: str) -> bytes:
     try:
         with Image.open(io.BytesIO(page)) as opened:
             opened.save(written, format="JPEG")
-    except OSError:  # unreadable, or with transparency, which JPEG cannot have
+    except Exception:  # unreadable, for whatever a decoder says; transparency, which JPEG lacks
         return page
     return written.getvalue()
 

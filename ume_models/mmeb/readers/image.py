@@ -14,15 +14,16 @@ from typing import Any, TypeAlias
 from ume_models.errors import DataError
 from ume_models.mmeb.dataset import Query, ReadOptions, TaskData
 from ume_models.mmeb.locate import locate, media_folder
-from ume_models.mmeb.readers.mentions import Mentions
-from ume_models.mmeb.readers.wording import (
-    as_in_v1,
-    instruct,
+from ume_models.mmeb.readers.cells import (
+    optional_text_of,
+    path_of,
+    paths_of,
     row_named,
     text_of,
     texts_of,
-    without_placeholder,
 )
+from ume_models.mmeb.readers.mentions import Mentions
+from ume_models.mmeb.readers.wording import as_in_v1, instruct, without_placeholder
 from ume_models.mmeb.tables import open_table
 from ume_models.mmeb.tasks import Task
 from ume_models.processing.items import Item
@@ -58,7 +59,7 @@ def read_text_to_image(task: Task, root: Path, options: ReadOptions) -> TaskData
     end = "\n\n" if task.name == "VisDial" else "\n"
 
     def query(row: _Row) -> tuple[str, str]:
-        instruction = without_placeholder(text_of(row, "qry_inst"))
+        instruction = without_placeholder(optional_text_of(row, "qry_inst"))
         return f"{instruction} {text_of(row, 'qry_text')}{end}", ""
 
     def targets(row: _Row) -> _Targets:
@@ -104,15 +105,15 @@ def _item(name: str, text: str, path: str, folder: Path) -> Item:
 
 
 def _picture_query(row: _Row) -> tuple[str, str]:
-    instruction = without_placeholder(text_of(row, "qry_inst"))
-    text = instruct(instruction, text_of(row, "qry_text"))
-    return as_in_v1(text) + "\n", text_of(row, "qry_img_path")
+    instruction = without_placeholder(optional_text_of(row, "qry_inst"))
+    text = instruct(instruction, optional_text_of(row, "qry_text"))
+    return as_in_v1(text) + "\n", path_of(row, "qry_img_path")
 
 
 def _question(row: _Row) -> tuple[str, str]:
-    instruction = "\n" + without_placeholder(text_of(row, "qry_inst")).strip()
-    text = instruct(instruction, text_of(row, "qry_text"))
-    return as_in_v1(text) + "\n", text_of(row, "qry_img_path")
+    instruction = "\n" + without_placeholder(optional_text_of(row, "qry_inst")).strip()
+    text = instruct(instruction, optional_text_of(row, "qry_text"))
+    return as_in_v1(text) + "\n", path_of(row, "qry_img_path")
 
 
 def _text_targets(row: _Row) -> _Targets:
@@ -121,8 +122,10 @@ def _text_targets(row: _Row) -> _Targets:
 
 def _picture_targets(row: _Row, end_without_caption: str) -> tuple[list[str], Sequence[str]]:
     """Texts and paths; whether candidates have captions is seen from the first one."""
-    captions, paths = texts_of(row, "tgt_text"), texts_of(row, "tgt_img_path")
-    instruction = without_placeholder(text_of(row, "tgt_inst"))
+    captions, paths = texts_of(row, "tgt_text"), paths_of(row, "tgt_img_path")
+    if not all(paths):
+        raise DataError(f"path {list(paths).index('')} of 'tgt_img_path' is empty")
+    instruction = without_placeholder(optional_text_of(row, "tgt_inst"))
     if not captions[0].strip():
         return [as_in_v1(instruction) + end_without_caption] * len(paths), paths
     _require_pairs(captions, paths)
@@ -143,5 +146,5 @@ def _require_pairs(captions: Sequence[str], paths: Sequence[str]) -> None:
     if len(captions) != len(paths):
         raise DataError(
             f"'tgt_text' has {len(captions)} entries and 'tgt_img_path' has {len(paths)}, but they "
-            "are pairs; get the table again"
+            "are pairs"
         )

@@ -10,10 +10,21 @@ from typing import Any
 from ume_models.errors import DataError
 from ume_models.mmeb.dataset import Candidates, Query, ReadOptions, TaskData
 from ume_models.mmeb.mbeir import MODALITIES, task_number
+from ume_models.mmeb.readers.cells import (
+    name_of,
+    optional_path_of,
+    optional_text_of,
+    path_of,
+    place_named,
+    text_of,
+)
 from ume_models.mmeb.tasks import Task
 from ume_models.processing.items import Item
 
 _INSTRUCTIONS = "instructions/query_instructions.tsv"
+_AGAIN = "download the file again"
+# Judgements are 0 and 1; anything that is far from it is not one.
+_LARGEST_GRADE = 100
 
 
 def read(task: Task, root: Path, options: ReadOptions) -> TaskData:
@@ -45,32 +56,39 @@ def read(task: Task, root: Path, options: ReadOptions) -> TaskData:
     for row, at in _rows(folder / queries_file):
         if options.limit is not None and len(queries) == options.limit:
             break
-        qid, path = str(_field(row, "qid", at)), row.get("query_img_path")
+        with place_named(at, _AGAIN):
+            qid = name_of(row, "qid")
+            worded = "text" in (optional_text_of(row, "query_modality") or asked)
+            text = (text_of if worded else optional_text_of)(row, "query_txt")
+            path = _picture_of(row, "query_img_path", "query_modality", asked)
         key = (qid.partition(":")[0], asked, found)
         if key not in instructions:
             raise DataError(
                 f"{instructions_file} has no instruction for data set {key[0]}, {asked} to "
                 f"{found}, which {at} asks for: download the file again"
             )
-        text = _sentence(f"{instructions[key]} {row.get('query_txt') or ''}")
         images = (folder / path,) if path else ()
         relevant = tuple(answers.get(qid, ()))
-        queries.append(Query(Item(text, images, id=qid), relevant, labels=relevant))
+        item = Item(_sentence(f"{instructions[key]} {text}"), images, id=qid)
+        queries.append(Query(item, relevant, labels=relevant))
     files = (folder / queries_file, pool_file, judgements_file, instructions_file)
-    return TaskData(task, queries, _Collection(folder, pool_file), files)
+    return TaskData(task, queries, _Collection(folder, pool_file, found), files)
 
 
 class _Collection(Candidates):
     """A collection of candidates; their items are made when asked for."""
 
-    def __init__(self, folder: Path, file: Path) -> None:
+    def __init__(self, folder: Path, file: Path, found: str) -> None:
         self._folder = folder
         contents: dict[str, tuple[str, str]] = {}
         clashes: dict[str, None] = {}
         for row, at in _rows(file):
-            content = (row.get("txt") or "", row.get("img_path") or "")
-            if contents.setdefault(str(_field(row, "did", at)), content) != content:
-                clashes[str(row["did"])] = None
+            with place_named(at, _AGAIN):
+                did = name_of(row, "did")
+                path = _picture_of(row, "img_path", "modality", found)
+                content = (optional_text_of(row, "txt"), path)
+            if contents.setdefault(did, content) != content:
+                clashes[did] = None
         self.names = list(contents)
         self.clashes = list(clashes)
         self._contents = list(contents.values())
@@ -111,7 +129,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for line, at in _lines(path):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{at} is not JSON ({error}): download the file again") from None
         if not isinstance(row, dict):
             raise DataError(f"{at} is not a JSON object: download the file again")
@@ -129,10 +147,13 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             raise DataError(f"{path} is not UTF-8 ({error}): download the file again") from None
 
 
-def _field(row: Mapping[str, Any], name: str, at: str) -> Any:
-    if row.get(name) in (None, ""):
-        raise DataError(f"{at} has no {name!r}; the file is not in the layout of M-BEIR")
-    return row[name]
+def _picture_of(row: Mapping[str, Any], column: str, modality: str, of_task: str) -> str:
+    """The path of a row's picture, which must be there if the row's modality says so.
+
+    ``of_task`` is the modality of rows that do not say theirs.
+    """
+    shown = "image" in (optional_text_of(row, modality) or of_task)
+    return path_of(row, column) if shown else optional_path_of(row, column)
 
 
 def _judgements(path: Path) -> dict[str, list[str]]:
@@ -142,10 +163,12 @@ def _judgements(path: Path) -> dict[str, list[str]]:
         columns = line.split()
         try:
             query, _, candidate, relevance = columns[0], columns[1], columns[2], int(columns[3])
+            if not 0 <= relevance <= _LARGEST_GRADE:
+                raise ValueError(relevance)
         except (IndexError, ValueError):
             raise DataError(
-                f"{at} does not have the columns query, 0, candidate, relevance: download the file "
-                "again"
+                f"{at} does not have the columns query, 0, candidate, relevance (0 to "
+                f"{_LARGEST_GRADE}): {_AGAIN}"
             ) from None
         of_query = answers.setdefault(query, [])
         if relevance > 0 and candidate not in of_query:

@@ -10,8 +10,16 @@ from typing import Any
 from ume_models.errors import DataError
 from ume_models.mmeb.dataset import Query, ReadOptions, TaskData
 from ume_models.mmeb.locate import locate, media_folder
+from ume_models.mmeb.readers.cells import (
+    optional_path_of,
+    optional_text_of,
+    path_of,
+    paths_of,
+    row_named,
+    texts_of,
+)
 from ume_models.mmeb.readers.mentions import Mentions
-from ume_models.mmeb.readers.wording import row_named, text_of, texts_of, without_placeholder
+from ume_models.mmeb.readers.wording import has_placeholder, without_placeholder
 from ume_models.mmeb.tables import open_table
 from ume_models.mmeb.tasks import Task
 from ume_models.processing.items import Item
@@ -31,7 +39,7 @@ def read(task: Task, root: Path, options: ReadOptions) -> TaskData:
 
     Raises:
         DataError: tables are missing or damaged, or a row has no targets, or not as many texts as
-            pictures.
+            pictures, or a text has a place for a picture and there is none.
     """
     table = open_table(locate(task.source, root, download=options.download))
     media = media_folder(task, root).absolute()
@@ -45,8 +53,9 @@ def read(task: Task, root: Path, options: ReadOptions) -> TaskData:
                 mentions.add(name, (text, path), partial(_item, name, text, path, media))
             if options.limit is None or index < options.limit:
                 names = mentions.names([name for name, _, _ in targets])
-                text, path = _text(text_of(row, "qry_text")), text_of(row, "qry_img_path")
-                item = _item(str(index), text, path, media)
+                asked = optional_text_of(row, "qry_text")
+                find = path_of if has_placeholder(asked) else optional_path_of
+                item = _item(str(index), _text(asked), find(row, "qry_img_path"), media)
                 queries.append(Query(item, names[:1], candidates=names, labels=names[:1]))
     return TaskData(task, queries, mentions.candidates(), table.files)
 
@@ -56,12 +65,15 @@ def _targets(row: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
     One picture may be a candidate with several texts, so the text belongs to the name.
     """
-    texts, paths = texts_of(row, "tgt_text"), texts_of(row, "tgt_img_path")
+    texts, paths = texts_of(row, "tgt_text"), paths_of(row, "tgt_img_path")
     if len(texts) != len(paths):
         raise DataError(
             f"'tgt_text' has {len(texts)} entries and 'tgt_img_path' has {len(paths)}, but they "
-            "are pairs; get the table again"
+            "are pairs"
         )
+    for place, (text, path) in enumerate(zip(texts, paths, strict=True)):
+        if has_placeholder(text) and not path:
+            raise DataError(f"path {place} of 'tgt_img_path' is empty")
     pairs = [(_text(text), path) for text, path in zip(texts, paths, strict=True)]
     return [(f"{path}:{text}" if path else text, text, path) for text, path in pairs]
 

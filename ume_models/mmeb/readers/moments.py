@@ -16,8 +16,15 @@ from ume_models.errors import DataError
 from ume_models.mmeb.dataset import Query, ReadOptions, TaskData
 from ume_models.mmeb.frames import FRAME_SUFFIXES, FrameFolders
 from ume_models.mmeb.locate import locate, media_folder
+from ume_models.mmeb.readers.cells import (
+    name_of,
+    optional_path_of,
+    path_of,
+    row_named,
+    text_of,
+)
 from ume_models.mmeb.readers.mentions import Mentions
-from ume_models.mmeb.readers.wording import instruct, name_of, row_named, text_of
+from ume_models.mmeb.readers.wording import instruct
 from ume_models.mmeb.tables import open_table
 from ume_models.mmeb.tasks import Task
 from ume_models.processing.items import Item
@@ -48,10 +55,11 @@ def read_moments(task: Task, root: Path, options: ReadOptions) -> TaskData:
     unanswered: dict[str, None] = {}
     words = task.wording(options.instructions)
     for index, row in enumerate(table.rows("query", "video_path")):
-        path = name_of(row["video_path"])
-        video = os.path.splitext(os.path.basename(path))[0]
-        if video not in clips:
-            clips[video] = _clips(folder / video)
+        with row_named(table, index):
+            text = text_of(row, "query")
+            video = os.path.splitext(os.path.basename(name_of(row, "video_path")))[0]
+            if video not in clips:
+                clips[video] = _clips(folder / video)
         for clip in clips[video]:
             name = f"{video}/{clip}"
             mentions.add(name, name, partial(_sampled_clip, name, words.target, folder, videos))
@@ -59,12 +67,10 @@ def read_moments(task: Task, root: Path, options: ReadOptions) -> TaskData:
         if not answers:
             unanswered[video] = None
         elif options.limit is None or index < options.limit:
-            with row_named(table, index):
-                text = instruct(words.query, text_of(row, "query"))
             names = mentions.names([f"{video}/{clip}" for clip in clips[video]])
             answer = f"{video}/{answers[-1]}"
             frames = videos.video(folder / video / _QUERY_FOLDER)
-            item = Item(text, video=frames, id=str(index))
+            item = Item(instruct(words.query, text), video=frames, id=str(index))
             queries.append(Query(item, (answer,), candidates=names, labels=(answer,)))
     if unanswered:
         raise DataError(
@@ -137,8 +143,8 @@ def _entries(row: Mapping[str, Any], column: str) -> Sequence[Mapping[str, Any]]
 
 def _find(clip: Mapping[str, Any], folder: Path, single_frames: bool) -> str:
     """Where a clip's frames are, relative to the frame root; that is its name as well."""
-    frames = f"{_FRAMES_OF_CLIPS}/{_folder_name(text_of(clip, 'output_path'))}"
-    frame = _existing(folder, clip.get("frame_path"))
+    frames = f"{_FRAMES_OF_CLIPS}/{_folder_name(path_of(clip, 'output_path'))}"
+    frame = _existing(folder, optional_path_of(clip, "frame_path"))
     return frame if frame and (single_frames or not (folder / frames).exists()) else frames
 
 
@@ -146,7 +152,7 @@ def _folder_name(path: str) -> str:
     return path.replace("/", "_").split(".mp4")[0]
 
 
-def _existing(folder: Path, path: str | None) -> str | None:
+def _existing(folder: Path, path: str) -> str | None:
     """A path of a table in one of the places where publications of the frames have it."""
     if not path:
         return None
@@ -166,9 +172,9 @@ def _query(
     videos: FrameFolders,
     leak: bool,
 ) -> Item:
-    text, given = text_of(row, "query"), text_of(row, "input_frames")
+    text, given = text_of(row, "query"), optional_path_of(row, "input_frames")
     answers = _entries(row, "positive_frames")
-    leaked = _existing(folder, answers[0].get("frame_path")) if leak else None
+    leaked = _existing(folder, optional_path_of(answers[0], "frame_path")) if leak else None
     if given.endswith(".mp4"):
         place = folder / _FRAMES_OF_CLIPS / _folder_name(given)
         if leaked and not place.exists():

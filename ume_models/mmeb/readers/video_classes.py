@@ -9,8 +9,9 @@ from ume_models.errors import DataError
 from ume_models.mmeb.dataset import Query, ReadOptions, TaskData
 from ume_models.mmeb.frames import FrameFolders
 from ume_models.mmeb.locate import locate, media_folder
+from ume_models.mmeb.readers.cells import name_of, row_named, text_of, texts_of
 from ume_models.mmeb.readers.mentions import Mentions
-from ume_models.mmeb.readers.wording import instruct, name_of, row_named, text_of, texts_of
+from ume_models.mmeb.readers.wording import instruct
 from ume_models.mmeb.tables import open_table
 from ume_models.mmeb.tasks import Task
 from ume_models.processing.items import Item
@@ -40,10 +41,11 @@ def read_classes(task: Task, root: Path, options: ReadOptions) -> TaskData:
     mentions = Mentions()
     queries: list[Query] = []
     text = instruct(task.wording(options.instructions).query)
-    rows = [(name_of(row["video_id"]), text_of(row, "pos_text"))
-            for row in table.rows("video_id", "pos_text")]  # fmt: skip
-    for _, label in rows:
-        mentions.add_text(label, label)
+    rows: list[tuple[str, str]] = []
+    for index, row in enumerate(table.rows("video_id", "pos_text")):
+        with row_named(table, index):
+            rows.append((name_of(row, "video_id"), text_of(row, "pos_text")))
+        mentions.add_text(rows[-1][1], rows[-1][1])
     for index, (video, label) in enumerate(rows[: options.limit]):
         item = Item(text, video=videos.video(folder / video), id=str(index))
         queries.append(Query(item, (label,), labels=(label,)))
@@ -65,10 +67,11 @@ def read_choices(task: Task, root: Path, options: ReadOptions) -> TaskData:
             break
         with row_named(table, index):
             label, choices = text_of(row, "pos_text"), texts_of(row, "neg_text")
+            name_of_video = name_of(row, "video_id")
         for name in choices:
             mentions.add_text(name, name)
         if options.limit is None or index < options.limit:
-            video = videos.video(folder / name_of(row["video_id"]))
+            video = videos.video(folder / name_of_video)
             names = mentions.names(choices)
             query = Item(text, video=video, id=str(index))
             queries.append(Query(query, (label,), candidates=names, labels=(label,)))

@@ -12,8 +12,8 @@ from ume_models.errors import DataError
 from ume_models.mmeb.dataset import Query, ReadOptions, TaskData
 from ume_models.mmeb.frames import FrameFolders
 from ume_models.mmeb.locate import locate, media_folder
+from ume_models.mmeb.readers.cells import name_of, row_named, text_of, texts_of
 from ume_models.mmeb.readers.mentions import Mentions
-from ume_models.mmeb.readers.wording import name_of, row_named, text_of, texts_of
 from ume_models.mmeb.tables import Table, open_table
 from ume_models.mmeb.tasks import Task
 from ume_models.processing.items import Item
@@ -67,7 +67,7 @@ def read_videomme(task: Task, root: Path, options: ReadOptions) -> TaskData:
             raise DataError(f"the answer {answer!r} is none of the {len(choices)} options")
         lines = "\n".join((text_of(row, "question"), *choices))
         return _Question(
-            name_of(row["videoID"]),
+            name_of(row, "videoID"),
             f"{prompt} {lines}",
             [(choice, _without_letter(choice)) for choice in choices],
             choices[_LETTERS.index(answer)],
@@ -86,7 +86,7 @@ def read_nextqa(task: Task, root: Path, options: ReadOptions) -> TaskData:
         text, _ = _with_options(f"{prompt} {text_of(row, 'question')}", choices)
         answer = choices[_position(row, "answer", len(choices))]
         pairs = [(choice, choice) for choice in choices]
-        return _Question(name_of(row["video"]), text, pairs, answer)
+        return _Question(name_of(row, "video"), text, pairs, answer)
 
     wanted = ("video", "question", "answer", *columns)
     return _read(task, options, root, _one_table(task, root, options), wanted, question)
@@ -98,7 +98,7 @@ def read_egoschema(task: Task, root: Path, options: ReadOptions) -> TaskData:
     def question(row: _Row, prompt: str) -> _Question:
         choices = texts_of(row, "option")
         return _Question(
-            name_of(row["video_idx"]),
+            name_of(row, "video_idx"),
             f"{prompt} {text_of(row, 'question')}{' '.join(choices)}",
             [(choice, _without_letter(choice)) for choice in choices],
             choices[_position(row, "answer", len(choices))],
@@ -124,7 +124,7 @@ def read_mvbench(task: Task, root: Path, options: ReadOptions) -> TaskData:
             raise DataError(f"the answer {answer!r} is none of the candidates")
         last = max(place for place, choice in enumerate(choices) if choice == answer)
         pairs = [(choice, choice) for choice in lettered]
-        return _Question(name_of(row["video"]), text, pairs, lettered[last])
+        return _Question(name_of(row, "video"), text, pairs, lettered[last])
 
     columns = ("video", "question", "candidates", "answer")
     return _read(task, options, root, tables, columns, question)
@@ -139,7 +139,7 @@ def read_activitynetqa(task: Task, root: Path, options: ReadOptions) -> TaskData
             raise DataError(f"the answer {answer!r} is neither 'yes' nor 'no'")
         text = f"{prompt} {text_of(row, 'question')}? (A) yes; (B) no."
         choices = [(choice, choice) for choice in _YES_NO]
-        return _Question(f"v_{name_of(row['video_name'])}", text, choices, answer)
+        return _Question(f"v_{name_of(row, 'video_name')}", text, choices, answer)
 
     columns = ("video_name", "question", "answer")
     return _read(task, options, root, _one_table(task, root, options), columns, question)
@@ -203,7 +203,9 @@ def _without_letter(choice: str) -> str:
 def _position(row: _Row, column: str, count: int) -> int:
     try:
         place = int(row[column])
-    except (TypeError, ValueError):
+        if isinstance(row[column], float) and place != row[column]:
+            place = -1
+    except (OverflowError, TypeError, ValueError):
         place = -1
     if not 0 <= place < count:
         raise DataError(f"the answer {row[column]!r} is not a position among {count} options")

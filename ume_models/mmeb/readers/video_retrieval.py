@@ -11,8 +11,9 @@ from typing import Any
 from ume_models.mmeb.dataset import Query, ReadOptions, TaskData
 from ume_models.mmeb.frames import FrameFolders
 from ume_models.mmeb.locate import locate, media_folder
+from ume_models.mmeb.readers.cells import name_of, row_named, text_of, texts_of
 from ume_models.mmeb.readers.mentions import Mentions
-from ume_models.mmeb.readers.wording import instruct, name_of, row_named, text_of, texts_of
+from ume_models.mmeb.readers.wording import instruct
 from ume_models.mmeb.tables import open_table
 from ume_models.mmeb.tasks import Task
 from ume_models.processing.items import Item
@@ -68,11 +69,11 @@ def _read(
     queries: list[Query] = []
     words = task.wording(options.instructions)
     for index, row in enumerate(table.rows(video_column, caption_column)):
-        name = name_from(name_of(row[video_column]))
+        with row_named(table, index):
+            name = name_from(name_of(row, video_column))
+            caption = (texts_of if several else _only)(row, caption_column)[0]
         mentions.add(name, name, partial(_video, name, words.target, folder, videos))
         if options.limit is None or index < options.limit:
-            with row_named(table, index):
-                caption = (texts_of if several else _only)(row, caption_column)[0]
             item = Item(instruct(words.query, caption), id=str(index))
             queries.append(Query(item, (name,), labels=(name,)))
     return TaskData(task, queries, mentions.candidates(), table.files)

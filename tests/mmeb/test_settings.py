@@ -1,0 +1,128 @@
+"""The manifest of an evaluation: what is refused, and what --overwrite may touch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ume_models.errors import StoreError
+from ume_models.mmeb import settings
+from ume_models.mmeb.dataset import ReadOptions
+from ume_models.mmeb.settings import EvalOptions
+
+
+def manifest(**changes):
+    fields = {
+        "package_version": "1",
+        "model": "m",
+        "fingerprint": "f",
+        "benchmark": "MMEB-v2",
+        "tasks": ["CIRR"],
+        "data": "/data",
+        "encoding": {"latent_steps": 8, "dtype": "float32"},
+        "reading": ReadOptions(),
+        "options": EvalOptions(),
+        "versions": {},
+    }
+    return settings.describe(**{**fields, **changes})
+
+
+def results_in(folder):
+    (folder / "tasks" / "CIRR").mkdir(parents=True)
+    (folder / "tasks" / "CIRR" / "scores.json").write_text("{}")
+    (folder / "embeddings" / "text-1").mkdir(parents=True)
+    (folder / "embeddings" / "text-1" / "keys.json").write_text("{}")
+    (folder / "summary.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"fingerprint": "g"}, "fingerprint: 'f' there, 'g' now"),
+        ({"package_version": "2"}, "package_version"),
+        ({"encoding": {"latent_steps": 4, "dtype": "float32"}}, "latent_steps: 8 there, 4 now"),
+        ({"reading": ReadOptions(labels="legacy")}, "labels: 'fixed' there, 'legacy' now"),
+        ({"reading": ReadOptions(instructions="vlm2vec")}, "instructions"),
+        ({"options": EvalOptions(legacy_ndcg=True)}, "legacy_ndcg"),
+        ({"benchmark": "M-BEIR"}, "benchmark"),
+    ],
+)
+def test_what_changes_results_is_refused_and_named(tmp_path, changes, named):
+    settings.begin(tmp_path, manifest(), overwrite=False)
+    with pytest.raises(StoreError, match=named):
+        settings.begin(tmp_path, manifest(**changes), overwrite=False)
+    settings.begin(tmp_path, manifest(**changes), overwrite=True)
+    assert settings.read_manifest(tmp_path) == json.loads(json.dumps(manifest(**changes)))
+
+
+def test_what_does_not_is_taken(tmp_path):
+    settings.begin(tmp_path, manifest(), overwrite=False)
+    later = manifest(
+        tasks=["CIRR", "OVEN"], data="/moved", model="n", reading=ReadOptions(download=True)
+    )
+    settings.begin(tmp_path, later, overwrite=False)
+    assert settings.read_manifest(tmp_path)["tasks"] == ["CIRR", "OVEN"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folders_of_others_are_never_removed(tmp_path, overwrite):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "thesis.txt").write_text("years of work")
+    with pytest.raises(StoreError, match="not the output of `ume eval`"):
+        settings.begin(tmp_path, manifest(), overwrite=overwrite)
+    assert (tmp_path / "tasks" / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwriting_removes_results_and_nothing_else(tmp_path):
+    settings.begin(tmp_path, manifest(), overwrite=False)
+    results_in(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "tasks" / "CIRR" / "notes.txt").write_text("mine")
+    (tmp_path / "embeddings" / "mine").mkdir()
+    (tmp_path / "embeddings" / "mine" / "a.npy").write_text("mine")
+    settings.begin(tmp_path, manifest(fingerprint="g"), overwrite=True)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"run.json", "notes.txt", "tasks/CIRR/notes.txt", "embeddings/mine/a.npy"}
+
+
+def test_a_removal_that_was_stopped_is_gone_on_with(tmp_path, monkeypatch):
+    settings.begin(tmp_path, manifest(), overwrite=False)
+    results_in(tmp_path)
+
+    def stop(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(settings.shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            settings.begin(tmp_path, manifest(fingerprint="g"), overwrite=True)
+    assert settings.earlier_manifest(tmp_path) is None
+    settings.begin(tmp_path, manifest(fingerprint="g"), overwrite=False)
+    assert settings.read_manifest(tmp_path)["fingerprint"] == "g"
+    assert not (tmp_path / "embeddings").exists() and not (tmp_path / "tasks").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not the manifest"),
+        ('{"format": "ume-eval", "format_version": 9}', "format version 9"),
+        ('{"format": "ume-eval", "format_version": 1, "settings": 5}', "'settings'"),
+        ('{"format": "ume-eval", "format_version": 1, "settings": {}, "tasks": 5}', "'tasks'"),
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path, content, message):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(StoreError, match=message):
+        settings.read_manifest(tmp_path)
+    with pytest.raises(StoreError, match=message):
+        settings.begin(tmp_path, manifest(), overwrite=False)
+
+
+def test_an_old_summary_does_not_outlive_a_new_run(tmp_path):
+    settings.begin(tmp_path, manifest(), overwrite=False)
+    (tmp_path / "summary.json").write_text("{}")
+    settings.begin(tmp_path, manifest(), overwrite=False)
+    assert not (tmp_path / "summary.json").exists()
