@@ -101,7 +101,7 @@ def task_embeddings(folder: Path, task: str) -> tuple[torch.Tensor, torch.Tensor
     if not listing.queries or not listing.candidates:
         raise StoreError(f"{path} lists no queries or no candidates: {_AGAIN}")
     stores = {held.store.directory.name: held for held in kept_stores(folder / "embeddings")}
-    needed = set(listing.keys())
+    needed = set(listing.all_keys())
     lookup = EmbeddingLookup(stores)
     for name, held in stores.items():
         for shard in range(held.store.num_shards):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Listing:
     names: Sequence[str]
     candidates: Sequence[str]
 
-    def keys(self) -> Iterator[str]:
+    def all_keys(self) -> Iterator[str]:
         """All keys, queries first."""
         yield from self.queries
         yield from self.candidates
@@ -66,6 +67,18 @@ def needed_keys(tasks: Iterable[TaskData], listings: Iterable[Listing]) -> list[
     return list(wanted)
 
 
+def answers_digest(data: TaskData, listing: Listing) -> str:
+    """A digest of all that a task's score is made from beside model and settings."""
+    state = hashlib.sha256()
+    for key in listing.all_keys():
+        state.update(key.encode() + b"\n")
+    for query in data.queries:
+        row = [query.item.id, query.relevant, query.grades, query.candidates, query.labels]
+        state.update(json.dumps(row).encode() + b"\n")
+    state.update(json.dumps(list(listing.names)).encode())
+    return state.hexdigest()[:32]
+
+
 def listing_path(folder: Path, task: str) -> Path:
     """Where the listing of a task is in an evaluation's folder."""
     return folder / "tasks" / task / "items.json"
@@ -96,7 +109,7 @@ def read_listing(folder: Path, task: str) -> Listing:
         names = [str(name) for name, _ in rows["candidates"]]
         keys = [str(key) for _, key in rows["candidates"]]
         return Listing(task, [str(key) for key in rows["queries"]], names, keys)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(
             f"{path} cannot be read ({error}): run `ume eval` with this output folder again"
         ) from None

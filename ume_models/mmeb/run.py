@@ -20,6 +20,7 @@ from ume_models.atomic import write_atomically
 from ume_models.encode import EncodeStats, encoding_settings
 from ume_models.errors import DataError, StoreError
 from ume_models.mmeb import settings
+from ume_models.mmeb.answers import problems_of_answers
 from ume_models.mmeb.benchmarks import benchmark
 from ume_models.mmeb.dataset import ReadOptions, TaskData
 from ume_models.mmeb.embed import Library, embed_shard
@@ -28,6 +29,7 @@ from ume_models.mmeb.keys import KINDS, ContentKeys, Kind, key_kind
 from ume_models.mmeb.listing import (
     Listing,
     Place,
+    answers_digest,
     list_task,
     needed_keys,
     places,
@@ -207,8 +209,8 @@ class _Member:
         for task in self.tasks:
             try:
                 data = self.library.data(task.name)
-                if not data.queries or not len(data.candidates):
-                    raise DataError(f"{task.name}: its tables have no queries or no candidates")
+                if problems := problems_of_answers(data):
+                    raise DataError(f"{task.name}: {'; '.join(problems)}")
                 read.append(data)
             except DataError as error:
                 missing[task.name] = str(error)
@@ -344,7 +346,7 @@ class _Scorer:
         self._missing = missing
         self._known: set[tuple[str, int]] = set()
         self._waiting = [
-            (data, listing, list(listing.keys()))
+            (data, listing, list(listing.all_keys()))
             for data, listing in zip(read, listings, strict=True)
         ]
 
@@ -370,7 +372,7 @@ class _Scorer:
 
     def _score(self, data: TaskData, listing: Listing) -> None:
         member, task = self._member, data.task
-        problems = self.lookup.problems(list(dict.fromkeys(listing.keys())))
+        problems = self.lookup.problems(list(dict.fromkeys(listing.all_keys())))
         if problems:
             reasons = _first_few(
                 f"{len(problems)} of its items cannot be embedded", problems.values()
@@ -395,7 +397,7 @@ class _Scorer:
                 raise
             self._lack(task.name, str(error))
             return
-        member.results.write(score, rankings)
+        member.results.write(score, rankings, made_from=answers_digest(data, listing))
         member.progress.scored(score)
 
     def _lack(self, task: str, reason: str) -> None:
