@@ -101,7 +101,7 @@ def evaluate(
     ] = Labels.FIXED,
     instructions: Annotated[
         Instructions,
-        typer.Option(help="Whose instructions; they differ for ViDoRe.", rich_help_panel=_DATA),
+        typer.Option(help="Whose instructions; for ViDoRe, plume has none.", rich_help_panel=_DATA),
     ] = Instructions.PLUME,
     legacy_ndcg: Annotated[
         bool,
@@ -204,7 +204,7 @@ def evaluate(
         bool,
         typer.Option(
             "--check",
-            help="Verify the data root: tables, labels, every picture. No model is needed.",
+            help="Verify the data root: tables, labels, every picture. Needs neither model nor -o.",
             rich_help_panel=_OTHER,
         ),
     ] = False,
@@ -230,6 +230,7 @@ def evaluate(
 
     DIR gets summary.json, summary.md, report.html and, per task, scores and predictions, beside
     the embeddings. Start the same command again after a stop: the result is the same to the byte.
+    Tasks add up: the summary has all that were ever asked for in DIR.
     Several processes or hosts share the work when torchrun starts them.
 
     [bold]Examples[/]

@@ -17,7 +17,7 @@ from ume_models.commands.encoding import EncodingOptions, load_model
 from ume_models.commands.eval_progress import EvalProgress
 from ume_models.commands.outcome import ExitCode, failures_reported
 from ume_models.commands.output_file import write_output
-from ume_models.errors import DataError, UmeError
+from ume_models.errors import DataError
 from ume_models.mmeb.benchmarks import benchmark
 from ume_models.mmeb.dataset import ReadOptions
 from ume_models.mmeb.readers import read_task
@@ -146,7 +146,9 @@ def check(data: str, output: Path | None, selection: Selection, workers: int) ->
 
     with failures_reported():
         if data == MINIATURE and output is None:
-            raise UmeError("--data miniature needs -o, the folder it is written to")
+            raise typer.BadParameter(
+                "--data miniature is written there", param_hint="--output / -o"
+            )
         root = _data_root(data, output or Path(), gather())
         with EvalProgress() as progress:
             problems = find_problems(
@@ -161,9 +163,9 @@ def check(data: str, output: Path | None, selection: Selection, workers: int) ->
         errors = sum(problem.severity == "error" for problem in problems)
         tasks = len(selection.chosen())
         if errors:
-            print(f"{errors} errors and {len(problems) - errors} warnings in {tasks} tasks")
+            print(f"errors: {errors}, warnings: {len(problems) - errors}, tasks: {tasks}")
             raise typer.Exit(ExitCode.FAILED)
-        print(f"{tasks} tasks can be evaluated ({len(problems)} warnings)")
+        print(f"nothing stands in the way (tasks: {tasks}, warnings: {len(problems)})")
 
 
 def score_stored(

@@ -52,8 +52,8 @@ _NAMED = 5
 def evaluate(
     model: Any,
     tasks: Sequence[Task],
-    data: Path,
-    output: Path,
+    data: str | Path,
+    output: str | Path,
     *,
     name: str = "",
     reading: ReadOptions | None = None,
@@ -64,9 +64,13 @@ def evaluate(
 ) -> Summary | None:
     """Embed, rank and score tasks; go on with what ``output`` holds already.
 
+    Writes ``run.json`` (what was evaluated and how), ``tasks/NAME/scores.json`` and
+    ``predictions.jsonl``, ``embeddings/``, ``summary.json``, and ``timing.json`` with what
+    embedding took. Pages for readers are made by ``ume_models.mmeb.report``.
+
     Args:
-        model: what ``ume_models.load`` returned, with ``empty="reference"``.
-        tasks: the tasks, of one benchmark.
+        model: what ``ume_models.load(…, empty="reference")`` returned.
+        tasks: the tasks, of one benchmark, as ``select_tasks`` returns them.
         data: the data root.
         output: folder for the results; made if missing.
         name: of the model, for the reader.
@@ -85,7 +89,16 @@ def evaluate(
         StoreError: the folder belongs to an evaluation with other settings or to another process.
         TeamError: another process has failed or died.
         OSError: the disk is full or not writable.
+        ValueError: there are no tasks, or the model was loaded without ``empty="reference"``.
     """
+    tasks, data, output = list(tasks), Path(data), Path(output)
+    if not tasks or not all(isinstance(task, Task) for task in tasks):
+        raise ValueError('tasks must be Tasks: select_tasks(benchmark("MMEB-v2"), names=["CIRR"])')
+    if model.processor.empty != "reference":
+        raise ValueError(
+            'load the model with empty="reference": some candidates have empty texts, which the '
+            "official evaluation embeds"
+        )
     reading, options = reading or ReadOptions(), options or EvalOptions()
     team, progress = team or LoneTeam(), progress or Progress()
     member = _Member(model, tasks, data, output, reading, options, team, progress)

@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 MANIFEST = "run.json"
 # Told for the reader's sake; another value of these gives the same results.
 _INFORMATIVE = frozenset({"model", "tasks", "data", "versions"})
-_CONCLUSIONS = ("summary.json", "summary.md", "report.html", "timing.json")
+_CONCLUSIONS = ("summary.json", "summary.md", "report.html")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _remove_results(folder: Path) -> None:
     """Remove what an evaluation wrote; stopped in between, the next run goes on removing."""
     path = folder / MANIFEST
     write_atomically(path, (json.dumps({"format": FORMAT, "replaced": True}) + "\n").encode())
-    for name in (*_CONCLUSIONS, "media.json"):
+    for name in (*_CONCLUSIONS, "timing.json", "media.json"):
         (folder / name).unlink(missing_ok=True)
     for task in _folders(folder / "tasks"):
         for name in ("items.json", "scores.json", "predictions.jsonl"):

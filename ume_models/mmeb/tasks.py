@@ -92,20 +92,26 @@ class Task:
 def select_tasks(
     tasks: Iterable[Task],
     *,
-    names: Sequence[str] | None = None,
-    modalities: Sequence[str] | None = None,
+    names: Sequence[str] | str | None = None,
+    modalities: Sequence[str] | str | None = None,
 ) -> list[Task]:
     """The tasks of these names or groups, and of these modalities, in the order of the table.
 
     Args:
         tasks: the table.
-        names: names or groups ("I-CLS"), case ignored; None for all.
-        modalities: "image", "video", "visdoc"; None for all.
+        names: names or groups ("I-CLS"), case ignored, in one string with commas or several;
+            None for all.
+        modalities: "image", "video", "visdoc", in the same way; None for all.
 
     Raises:
         DataError: a name, group or modality is unknown, or nothing is left.
+        TypeError: ``tasks`` are no tasks.
     """
     table = list(tasks)
+    if not all(isinstance(task, Task) for task in table):
+        raise TypeError('the table comes first: select_tasks(benchmark("MMEB-v2"), names=["CIRR"])')
+    names = names.split(",") if isinstance(names, str) else names
+    modalities = modalities.split(",") if isinstance(modalities, str) else modalities
     chosen = table
     if names:
         known = {label.lower() for task in table for label in (task.name, task.group)}
