@@ -24,24 +24,22 @@ from ume_models.mmeb.answers import problems_of_answers
 from ume_models.mmeb.benchmarks import benchmark
 from ume_models.mmeb.dataset import ReadOptions, TaskData
 from ume_models.mmeb.embed import Library, embed_shard
-from ume_models.mmeb.embeddings import EmbeddingLookup
 from ume_models.mmeb.keys import KINDS, ContentKeys, Kind, key_kind
 from ume_models.mmeb.listing import (
     Listing,
     Place,
-    answers_digest,
     list_task,
     needed_keys,
     places,
     read_listing,
     write_listing,
 )
-from ume_models.mmeb.plan import SHARD_SIZES, Plan, Work, make_plan, open_store
+from ume_models.mmeb.plan import SHARD_SIZES, Work, make_plan, open_store
 from ume_models.mmeb.progress import Pace, Progress
-from ume_models.mmeb.ranking import rank_task
-from ume_models.mmeb.results import RunFolder, TaskScore, score_task
+from ume_models.mmeb.results import RunFolder
+from ume_models.mmeb.scoring import Scorer, first_few, summarise_folder
 from ume_models.mmeb.settings import EvalOptions
-from ume_models.mmeb.summary import Summary, summarise
+from ume_models.mmeb.summary import Summary
 from ume_models.mmeb.tasks import Task
 from ume_models.mmeb.team import LoneTeam, Team, TeamError
 from ume_models.store import Manifest, lock_folder
@@ -167,7 +165,16 @@ class _Member:
                     "work": [vars(part) for part in plan.work],
                 }
             )
-            scorer = _Scorer(self, plan, read, listings, missing)
+            scorer = Scorer(
+                plan.stores,
+                read,
+                listings,
+                missing,
+                self.results,
+                self.options,
+                self.model.device,
+                self.progress,
+            )
             done = dict.fromkeys(KINDS, 0)
             for store, shards in plan.finished.items():
                 for shard in shards:
@@ -231,7 +238,7 @@ class _Member:
             self.results.discard(name)
         if missing and self.options.on_error == "stop":
             raise DataError(
-                _first_few(
+                first_few(
                     f"{len(missing)} of {len(self.tasks)} tasks cannot be read", missing.values()
                 )
                 + "\n--on-error skip evaluates the others; ume eval --check tells everything"
@@ -252,7 +259,7 @@ class _Member:
         keys.save()
         if absent and self.options.on_error == "stop":
             raise DataError(
-                _first_few(f"{len(absent)} media files are missing", absent)
+                first_few(f"{len(absent)} media files are missing", absent)
                 + "\n--on-error skip goes on without their tasks; ume eval --check tells everything"
             )
         return listings
@@ -315,7 +322,7 @@ class _Member:
         stores: Mapping[str, Any],
         where: Mapping[str, Place],
         pace: Pace,
-        scorer: _Scorer | None,
+        scorer: Scorer | None,
     ) -> None:
         for number in self.team.take(len(work)):
             part = work[number]
@@ -342,111 +349,6 @@ class _Member:
                 scorer.score_ready()
 
 
-class _Scorer:
-    """Ranks and scores tasks when their embeddings are there."""
-
-    def __init__(
-        self,
-        member: _Member,
-        plan: Plan,
-        read: Sequence[TaskData],
-        listings: Sequence[Listing],
-        missing: dict[str, str],
-    ) -> None:
-        self.lookup = EmbeddingLookup(plan.stores)
-        self._member = member
-        self._stores = plan.stores
-        self._missing = missing
-        self._known: set[tuple[str, int]] = set()
-        self._waiting = [
-            (data, listing, list(listing.all_keys()))
-            for data, listing in zip(read, listings, strict=True)
-        ]
-
-    def look_for(self, work: Sequence[Work]) -> None:
-        """Take note of shards that this or another process has finished."""
-        for part in work:
-            place = (part.store, part.shard)
-            if place not in self._known and self._stores[part.store].store.has(part.shard):
-                self._known.add(place)
-                self.lookup.add(*place)
-
-    def score_ready(self) -> None:
-        """Score every task that waits for nothing any more."""
-        still = []
-        for data, listing, keys in self._waiting:
-            while keys and self.lookup.has(keys[-1]):
-                keys.pop()
-            if keys:
-                still.append((data, listing, keys))
-            else:
-                self._score(data, listing)
-        self._waiting = still
-
-    def _score(self, data: TaskData, listing: Listing) -> None:
-        member, task = self._member, data.task
-        problems = self.lookup.problems(list(dict.fromkeys(listing.all_keys())))
-        if problems:
-            reasons = _first_few(
-                f"{len(problems)} of its items cannot be embedded", problems.values()
-            )
-            self._lack(task.name, reasons)
-            return
-        try:
-            rankings = rank_task(
-                task,
-                data.queries,
-                self.lookup.rows(listing.queries),
-                listing.names,
-                self.lookup.rows(listing.candidates),
-                top=member.options.top,
-                device=member.model.device,
-            )
-            score = score_task(
-                task, rankings, len(listing.names), legacy=member.options.legacy_ndcg
-            )
-        except DataError as error:
-            if member.options.on_error == "stop":
-                raise
-            self._lack(task.name, str(error))
-            return
-        member.results.write(score, rankings, made_from=answers_digest(data, listing))
-        member.progress.scored(score)
-
-    def _lack(self, task: str, reason: str) -> None:
-        """Note a task without a score; one it had before was of other data."""
-        self._missing[task] = reason
-        self._member.results.discard(task)
-
-
-def summarise_folder(
-    folder: RunFolder, tasks: Sequence[Task], missing: Mapping[str, str] | None = None
-) -> Summary:
-    """The summary of what a folder holds.
-
-    Args:
-        folder: the results.
-        tasks: the tasks that were asked for, in the order of the table.
-        missing: why tasks have no score.
-    """
-    missing = missing or {}
-    scores: dict[str, TaskScore] = {
-        task.name: folder.score(task.name)
-        for task in tasks
-        if task.name not in missing and folder.finished(task.name)
-    }
-    values = {name: folder.values(name) for name in scores}
-    return summarise(tasks, scores, values, missing, folder.settings())
-
-
 def _add(total: EncodeStats, part: EncodeStats) -> None:
     for name, value in vars(part).items():
         setattr(total, name, getattr(total, name) + value)
-
-
-def _first_few(what: str, entries: Any) -> str:
-    entries = list(entries)
-    lines = [f"{what}:", *(f"  {entry}" for entry in entries[:_NAMED])]
-    if len(entries) > _NAMED:
-        lines.append(f"  … and {len(entries) - _NAMED} more")
-    return "\n".join(lines)

@@ -17,7 +17,7 @@ from ume_models.mmeb.dataset import ReadOptions
 from ume_models.mmeb.progress import Progress
 from ume_models.mmeb.readers import read_task
 from ume_models.mmeb.results import RunFolder
-from ume_models.mmeb.run import summarise_folder
+from ume_models.mmeb.scoring import summarise_folder
 from ume_models.mmeb.settings import EvalOptions
 from ume_models.mmeb.stored import read_stored, score_stored
 from ume_models.mmeb.summary import Summary

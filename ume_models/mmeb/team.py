@@ -119,7 +119,7 @@ class TorchTeam(Team):
     def orders(self) -> Any:
         while not self._has("orders"):
             self._pause()
-        self._leader = self._name(0)
+        self._remember_leader()
         return json.loads(self._store.get("orders"))
 
     def take(self, count: int) -> Iterator[int]:
@@ -251,7 +251,13 @@ class TorchTeam(Team):
             "start the same command again, without --overwrite, to go on."
         )
 
+    def _remember_leader(self) -> None:
+        """Its name, while it can still be asked: the store goes with it."""
+        if self._leader == "rank 0":
+            self._leader = self._name(0)
+
     def _pause(self) -> None:
+        self._remember_leader()
         time.sleep(_POLL_SECONDS)
         self.check()
 

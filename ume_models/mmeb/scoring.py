@@ -1,0 +1,148 @@
+"""Embeddings to scores, task by task, as soon as a task's last shard is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from ume_models.errors import DataError
+from ume_models.mmeb.dataset import TaskData
+from ume_models.mmeb.embeddings import EmbeddingLookup
+from ume_models.mmeb.listing import Listing, answers_digest
+from ume_models.mmeb.plan import KeyedStore, Work
+from ume_models.mmeb.progress import Progress
+from ume_models.mmeb.ranking import rank_task
+from ume_models.mmeb.results import RunFolder, TaskScore, score_task
+from ume_models.mmeb.settings import EvalOptions
+from ume_models.mmeb.summary import Summary, summarise
+from ume_models.mmeb.tasks import Task
+
+_NAMED = 5
+
+
+class Scorer:
+    """Ranks and scores tasks when their embeddings are there.
+
+    Args:
+        stores: the stores of the evaluation.
+        read: the tasks.
+        listings: what each of them needs.
+        missing: receives the reason for every task without a score.
+        results: where scores are written.
+        options: how tasks are ranked.
+        device: where they are ranked.
+        progress: told of every score.
+    """
+
+    def __init__(
+        self,
+        stores: Mapping[str, KeyedStore],
+        read: Sequence[TaskData],
+        listings: Sequence[Listing],
+        missing: dict[str, str],
+        results: RunFolder,
+        options: EvalOptions,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.lookup = EmbeddingLookup(stores)
+        self._stores = stores
+        self._missing = missing
+        self._results = results
+        self._options = options
+        self._device = device
+        self._progress = progress
+        self._known: set[tuple[str, int]] = set()
+        self._waiting = [
+            (data, listing, list(listing.all_keys()))
+            for data, listing in zip(read, listings, strict=True)
+        ]
+
+    def look_for(self, work: Sequence[Work]) -> None:
+        """Take note of shards that this or another process has finished."""
+        for part in work:
+            place = (part.store, part.shard)
+            if place not in self._known and self._stores[part.store].store.has(part.shard):
+                self._known.add(place)
+                self.lookup.add(*place)
+
+    def score_ready(self) -> None:
+        """Score every task that waits for nothing any more.
+
+        Raises:
+            DataError: with ``on_error="stop"``, a task cannot be ranked; it is named.
+            StoreError: a shard is damaged.
+            OSError: results cannot be written.
+        """
+        still = []
+        for data, listing, keys in self._waiting:
+            while keys and self.lookup.has(keys[-1]):
+                keys.pop()
+            if keys:
+                still.append((data, listing, keys))
+            else:
+                self._score(data, listing)
+        self._waiting = still
+
+    def _score(self, data: TaskData, listing: Listing) -> None:
+        task = data.task
+        problems = self.lookup.problems(list(dict.fromkeys(listing.all_keys())))
+        if problems:
+            reasons = first_few(
+                f"{len(problems)} of its items cannot be embedded", problems.values()
+            )
+            self._lack(task.name, reasons)
+            return
+        try:
+            rankings = rank_task(
+                task,
+                data.queries,
+                self.lookup.rows(listing.queries),
+                listing.names,
+                self.lookup.rows(listing.candidates),
+                top=self._options.top,
+                device=self._device,
+            )
+            score = score_task(task, rankings, len(listing.names), legacy=self._options.legacy_ndcg)
+        except DataError as error:
+            if self._options.on_error == "stop":
+                raise
+            self._lack(task.name, str(error))
+            return
+        self._results.write(score, rankings, made_from=answers_digest(data, listing))
+        self._progress.scored(score)
+
+    def _lack(self, task: str, reason: str) -> None:
+        """Note a task without a score; one it had before was of other data."""
+        self._missing[task] = reason
+        self._results.discard(task)
+
+
+def summarise_folder(
+    folder: RunFolder, tasks: Sequence[Task], missing: Mapping[str, str] | None = None
+) -> Summary:
+    """The summary of what a folder holds.
+
+    Args:
+        folder: the results.
+        tasks: the tasks that were asked for, in the order of the table.
+        missing: why tasks have no score.
+    """
+    missing = missing or {}
+    scores: dict[str, TaskScore] = {
+        task.name: folder.score(task.name)
+        for task in tasks
+        if task.name not in missing and folder.finished(task.name)
+    }
+    values = {name: folder.values(name) for name in scores}
+    return summarise(tasks, scores, values, missing, folder.settings())
+
+
+def first_few(what: str, entries: Iterable[str]) -> str:
+    """A sentence and the first few of what it is about, one per line."""
+    entries = list(entries)
+    lines = [f"{what}:", *(f"  {entry}" for entry in entries[:_NAMED])]
+    if len(entries) > _NAMED:
+        lines.append(f"  … and {len(entries) - _NAMED} more")
+    return "\n".join(lines)
