@@ -179,9 +179,10 @@ class _Member:
             for store, shards in plan.finished.items():
                 for shard in shards:
                     scorer.lookup.add(store, shard)
+            totals = dict(done)
             for key in where:
+                totals[key_kind(key)] += 1
                 done[key_kind(key)] += scorer.lookup.has(key)
-            totals = {kind: sum(key_kind(key) == kind for key in where) for kind in KINDS}
             self.progress.planned(totals, done)
             scorer.score_ready()
             pace = Pace(self.team, totals, done)
