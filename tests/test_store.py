@@ -223,7 +223,8 @@ def test_one_flipped_bit_is_found_and_the_shard_made_again(tmp_path: Path, place
     path.write_bytes(data)
     store = EmbeddingStore.open(tmp_path)
     store.read(0)
-    with pytest.raises(StoreError, match=r"shard-00001-of-00003\.safetensors .*the same command again"):
+    again = r"shard-00001-of-00003\.safetensors .*the same command again"
+    with pytest.raises(StoreError, match=again):
         store.read(1)
     with EmbeddingStore.begin(tmp_path, MANIFEST) as store:
         assert store.pending() == [1]
