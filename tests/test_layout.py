@@ -30,6 +30,7 @@ LEVELS = {
     # What every room may use, and what uses none of them.
     "ume_models.assets": 2,
     "ume_models.atomic": 2,
+    "ume_models.disk_space": 2,
     "ume_models.errors": 2,
     "ume_kernels": 1,
     "ume_kernels._C": 0,

@@ -32,6 +32,7 @@ from ume_models.errors import StoreError
 FORMAT = "ume-embeddings"
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
+_EMBEDDING_BYTES, _ROW_BYTES = 4, 8  # float32, int64
 _SHARD_NAME = re.compile(r"shard-\d{5,}-of-\d{5,}\.(safetensors|json)")
 # Told for the reader's sake; a run with another value of these still writes the same embeddings.
 _INFORMATIVE = frozenset({"model", "media_folders"})
@@ -298,6 +299,10 @@ class EmbeddingStore:
         Every byte of the shards is read.
         """
         return [shard for shard in range(self.num_shards) if self._load(shard) is None]
+
+    def least_bytes(self, items: int) -> int:
+        """Bytes that so many items take at least: their embeddings and positions."""
+        return items * (self.manifest.hidden_size * _EMBEDDING_BYTES + _ROW_BYTES)
 
     def has(self, shard: int) -> bool:
         """Whether the files of a shard are there and fit together; the numbers are not read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +194,22 @@ def test_an_embedding_that_is_not_finite_is_refused(
     assert result.exit_code == 1
     assert "'n' is not finite" in result.stderr
     assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_too_little_room_is_told_before_anything_is_embedded(
+    ume: Ume, write_items: WriteItems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SimpleNamespace(total=10**9, free=0)
+    monkeypatch.setattr("ume_models.disk_space.shutil.disk_usage", lambda folder: disk)
+    items, out = write_items({"text": "a"}), tmp_path / "out"
+    result = ume("embed", items, "-o", out)
+    assert result.exit_code == 1
+    assert "0.0 kB free: make room, or choose another folder with -o" in result.stderr
+    assert not list(out.glob("*.safetensors"))
+    disk.free = 10**9
+    assert ume("embed", items, "-o", out).exit_code == 0
+    disk.free = 0
+    assert ume("embed", items, "-o", out).exit_code == 0  # nothing to write
 
 
 def test_missing_and_empty_files(ume: Ume, write_items: WriteItems, tmp_path: Path) -> None:

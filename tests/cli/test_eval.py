@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +54,9 @@ def test_results_are_written_in_every_form(done: Path) -> None:
 def test_processes_of_a_launcher_agree_with_one(data: Path, done: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    moved = shutil.copytree(data, tmp_path / "moved")  # where data lie changes nothing
     together = subprocess.run(
-        [sys.executable, *command, "-m", "ume_models.cli", "eval", "--data", str(data),
+        [sys.executable, *command, "-m", "ume_models.cli", "eval", "--data", str(moved),
          "-o", str(tmp_path / "b"), "--tasks", TASKS],
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -63,7 +65,7 @@ def test_processes_of_a_launcher_agree_with_one(data: Path, done: Path, tmp_path
     found = ume("--compare", done, tmp_path / "b", "-o", tmp_path / "comparison")
     assert found.exit_code == 0, found.output
     content = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
-    assert len(content["tasks"]) == 3
+    assert [task["same_data"] for task in content["tasks"]] == [True] * 3
     assert (tmp_path / "comparison" / "comparison.html").is_file()
     for name in TASKS.split(","):
         one, two = (

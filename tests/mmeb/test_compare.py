@@ -157,6 +157,17 @@ def test_settings_that_differ_are_listed(tmp_path: Path) -> None:
     ]
 
 
+def test_other_data_are_noticed(tmp_path: Path) -> None:
+    rankings = found({"1": "ab"})
+    a, b = run(tmp_path / "a", {}), run(tmp_path / "b", {})
+    digests = {"same": ("d1", "d1"), "changed": ("d1", "d2"), "stored": ("d1", "")}
+    for name, of_run in digests.items():
+        for folder, made_from in zip((a, b), of_run, strict=True):
+            folder.write(score_task(task(name), rankings, 4), rankings, made_from=made_from)
+    same_data = {one.task: one.same_data for one in compare(a, b).tasks}
+    assert same_data == {"changed": False, "same": True, "stored": None}
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     a = run(tmp_path / "a", {"t": found({"1": "ab"})})
     (a.path / "tasks" / "t" / "predictions.jsonl").write_text("{}\n")

@@ -17,7 +17,6 @@ from ume_models.errors import DataError, StoreError
 from ume_models.mmeb import results as results_module
 from ume_models.mmeb.intervals import mean_interval, resampled_means
 from ume_models.mmeb.metrics import Ranking, query_values
-from ume_models.mmeb.predictions import read_official_predictions
 from ume_models.mmeb.results import RunFolder, TaskScore, score_task
 from ume_models.mmeb.score_file import ScoreFile
 from ume_models.mmeb.summary import Missing, Summary, summarise
@@ -119,24 +118,6 @@ def test_the_lines_have_the_official_names(tmp_path: Path) -> None:
         "label": [17, 3, 8],
         "rel_scores": [3.0, 2.0, 1.0],
     }
-
-
-def test_predictions_of_the_official_evaluation_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "pages_pred.jsonl"
-    lines = [
-        {"prediction": [17, 3], "label": [17, 3, 8], "rel_scores": [3, 2, 1]},
-        {"prediction": ["no", "yes"], "label": "yes", "rel_scores": None},
-        {"prediction": ["no", "yes"], "label": ["yes", "yes"], "rel_scores": None},
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    graded, *others = read_official_predictions(path)
-    assert graded == replace(GRADED[0], id="0", scores=())
-    assert [(query.id, query.relevant) for query in others] == [("1", ("yes",)), ("2", ("yes",))]
-    path.write_text('{"prediction": ["a"]}\n')
-    with pytest.raises(StoreError, match=r"pages_pred\.jsonl, line 1 .*'label'"):
-        read_official_predictions(path)
-    with pytest.raises(StoreError, match="missing"):
-        read_official_predictions(tmp_path / "other_pred.jsonl")
 
 
 def test_scores_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

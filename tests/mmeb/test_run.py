@@ -6,10 +6,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,6 +266,25 @@ def test_a_full_disk_is_named_and_what_is_done_is_kept(model, miniature, tmp_pat
     told = Recorder()
     run(model, miniature, out, "ImageNet-1K", options=options, progress=told)
     assert sum(told.done.values()) >= 6
+
+
+def test_too_little_room_is_told_before_anything_is_embedded(
+    model, miniature, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    disk = SimpleNamespace(total=10**12, free=0)
+    monkeypatch.setattr("ume_models.disk_space.shutil.disk_usage", lambda folder: disk)
+    with pytest.raises(StoreError, match=r"out would get at least .* 0\.0 kB free: make") as no:
+        run(model, miniature, out, "ImageNet-1K", "MSR-VTT")
+    assert not list(out.rglob("*.safetensors"))
+    disk.free = 10**12
+    run(model, miniature, out, "ImageNet-1K", "MSR-VTT")
+    written = [*out.rglob("*.safetensors"), *out.rglob("predictions.jsonl")]
+    size = sum(path.stat().st_size for path in written)
+    told = float(re.search(r"least ([\d.]+) kB", str(no.value))[1]) * 1e3
+    assert 0.3 * size < told <= size  # little beside it, and nothing refused that would fit
+    disk.free = 0
+    run(model, miniature, out, "ImageNet-1K", "MSR-VTT")  # everything is there
 
 
 def test_frames_of_no_video_are_named(model, miniature, tmp_path):

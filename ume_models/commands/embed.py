@@ -12,6 +12,7 @@ from ume_models.commands.encoding import EncodingOptions, describe_run, embed_ro
 from ume_models.commands.items_file import ItemsFile
 from ume_models.commands.outcome import ExitCode, failures_reported
 from ume_models.commands.progress import ItemProgress
+from ume_models.disk_space import require_space
 from ume_models.store import EmbeddingStore, Skipped
 
 _SHOWN = 10
@@ -35,7 +36,9 @@ def run(
         manifest = describe_run(model, options, items, output, shard_size)
         with EmbeddingStore.begin(output, manifest, overwrite=overwrite) as store:
             pending = store.pending()
-            done = len(items) - sum(len(store.item_range(shard)) for shard in pending)
+            missing = sum(len(store.item_range(shard)) for shard in pending)
+            require_space(output, store.least_bytes(missing))
+            done = len(items) - missing
             if done:
                 then = "going on from there" if pending else "nothing to do"
                 _tell(f"{output}: {done} of {_count(len(items), 'item')} are done, {then}")

@@ -70,6 +70,8 @@ class TaskComparison:
         ranks: how alike the rankings are.
         query_cosine: how alike the embeddings of queries are; None where a run has none.
         candidate_cosine: the same for the candidates that both have.
+        same_data: whether both runs read the same prompts, media, names and answers, by the
+            digests beside their scores; None where a run has none, as of stored embeddings.
     """
 
     task: str
@@ -84,6 +86,7 @@ class TaskComparison:
     ranks: RankAgreement
     query_cosine: CosineDistribution | None
     candidate_cosine: CosineDistribution | None
+    same_data: bool | None
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,7 @@ def _compare_task(
     differences = values_b - values_a
     resampled = resampled_means(differences, task)
     by_chance = sign_flip_means(differences, task)
+    made_from = a.made_from(task), b.made_from(task)
     queries, candidates = _cosines(a, b, task, (found_a, found_b), (rows_a, rows_b), embeddings)
     comparison = TaskComparison(
         task=task,
@@ -213,6 +217,7 @@ def _compare_task(
         ),
         query_cosine=queries,
         candidate_cosine=candidates,
+        same_data=made_from[0] == made_from[1] if all(made_from) else None,
     )
     return _Compared(comparison, resampled, by_chance)
 

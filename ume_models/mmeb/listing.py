@@ -68,7 +68,10 @@ def needed_keys(tasks: Iterable[TaskData], listings: Iterable[Listing]) -> list[
 
 
 def answers_digest(data: TaskData, listing: Listing) -> str:
-    """A digest of all that a task's score is made from beside model and settings."""
+    """A digest of all that a task's score is made from beside the model: equal digests, same data.
+
+    It covers the prompts and the bytes of the media, by the keys of what is embedded.
+    """
     state = hashlib.sha256()
     for key in listing.all_keys():
         state.update(key.encode() + b"\n")

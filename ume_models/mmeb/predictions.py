@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ume_models.errors import StoreError
+from ume_models.mmeb.dataset import TaskData
 from ume_models.mmeb.metrics import Ranking
+
+_BYTES_BESIDE_NAME = 8  # of a candidate: quotes and commas, and a score of four digits or more
 
 
 def ranking_to_line(ranking: Ranking, value: float) -> str:
@@ -68,6 +69,22 @@ def ranking_from_line(line: str | bytes) -> tuple[Ranking, float]:
     return ranking, float(value)
 
 
+def least_prediction_bytes(data: TaskData, top: int) -> int:
+    """Bytes that ``predictions.jsonl`` of a task takes at least, by the names it will hold.
+
+    Args:
+        data: the task.
+        top: places that are kept of each ranking.
+    """
+    names = data.candidates.names
+    shortest = min(map(len, names), default=0) + _BYTES_BESIDE_NAME
+    whole = len(names) if data.task.ranking == "global" else None
+    return sum(
+        min(top, len(query.candidates) if whole is None else whole) * shortest
+        for query in data.queries
+    )
+
+
 def _list_of(types: tuple[type, ...], fields: Mapping[str, Any], name: str) -> list[Any]:
     return [_as(types, entry, name) for entry in _as(list, fields[name], name)]
 
@@ -76,37 +93,3 @@ def _as(types: type | tuple[type, ...], value: Any, name: str) -> Any:
     if not isinstance(value, types) or isinstance(value, bool):
         raise TypeError(f"{name!r} has a {type(value).__name__}")
     return value
-
-
-def read_official_predictions(path: str | Path) -> list[Ranking]:
-    """Rankings that the official evaluation wrote to ``TASK_pred.jsonl``.
-
-    Its lines have neither ids nor scores: the queries are numbered from 0.
-
-    Raises:
-        StoreError: the file is missing, or a line is not as that evaluation writes it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise StoreError(f"{path} is missing; give a TASK_pred.jsonl of the official evaluation")
-    rankings = []
-    for number, line in enumerate(filter(None, path.read_bytes().split(b"\n"))):
-        try:
-            fields = json.loads(line)
-            label, grades = fields["label"], fields.get("rel_scores")
-            labels = tuple(label) if isinstance(label, list) else (label,)
-            ranking = Ranking(
-                id=str(number),
-                prediction=tuple(map(str, fields["prediction"])),
-                scores=(),
-                relevant=tuple(map(str, labels if grades else dict.fromkeys(labels))),
-                grades=None if grades is None else tuple(grades),
-                labels=labels,
-            )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise StoreError(
-                f"{path}, line {number + 1} is not a prediction of the official evaluation "
-                f"({error!r}): write the file again"
-            ) from None
-        rankings.append(ranking)
-    return rankings

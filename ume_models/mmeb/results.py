@@ -168,6 +168,10 @@ class RunFolder:
         for name in ("scores.json", "predictions.jsonl"):  # without a score, it is not done
             (folder / name).unlink(missing_ok=True)
 
+    def has(self, task: str) -> bool:
+        """Whether there is a score of a task; what it says is not looked at."""
+        return (self._folder(task) / "scores.json").is_file()
+
     def finished(self, task: str) -> bool:
         """Whether the results of a task are there, complete and undamaged."""
         try:

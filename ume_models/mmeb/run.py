@@ -17,6 +17,7 @@ from typing import Any
 
 from ume_kernels.version import __version__
 from ume_models.atomic import write_atomically
+from ume_models.disk_space import require_space
 from ume_models.encode import EncodeStats, encoding_settings
 from ume_models.errors import DataError, StoreError
 from ume_models.mmeb import settings
@@ -34,7 +35,8 @@ from ume_models.mmeb.listing import (
     read_listing,
     write_listing,
 )
-from ume_models.mmeb.plan import SHARD_SIZES, Work, make_plan, open_store
+from ume_models.mmeb.plan import SHARD_SIZES, Plan, Work, make_plan, open_store
+from ume_models.mmeb.predictions import least_prediction_bytes
 from ume_models.mmeb.progress import Pace, Progress
 from ume_models.mmeb.results import RunFolder
 from ume_models.mmeb.scoring import Scorer, first_few, summarise_folder
@@ -84,7 +86,8 @@ def evaluate(
 
     Raises:
         DataError: data are missing or an item cannot be embedded (with ``on_error="stop"``).
-        StoreError: the folder belongs to an evaluation with other settings or to another process.
+        StoreError: the folder belongs to an evaluation with other settings or to another process,
+            or what is to be written does not fit on its disk.
         TeamError: another process has failed or died.
         OSError: the disk is full or not writable.
         ValueError: there are no tasks, or the model was loaded without ``empty="reference"``.
@@ -158,6 +161,7 @@ class _Member:
         sizes = self.options.shard_sizes or SHARD_SIZES.get(device, SHARD_SIZES["cpu"])
         plan = make_plan(self.output / "embeddings", wanted, self._store_manifest(), sizes)
         try:
+            self._require_space(plan, read)
             self.team.announce(
                 {
                     "manifest": manifest,
@@ -264,6 +268,18 @@ class _Member:
                 + "\n--on-error skip goes on without their tasks; ume eval --check tells everything"
             )
         return listings
+
+    def _require_space(self, plan: Plan, read: Sequence[TaskData]) -> None:
+        """Notice now that embeddings or predictions will not fit, not in the last hour."""
+        embeddings = sum(
+            plan.stores[part.store].store.least_bytes(part.items) for part in plan.work
+        )
+        predictions = sum(
+            least_prediction_bytes(data, self.options.top)
+            for data in read
+            if not self.results.has(data.task.name)
+        )
+        require_space(self.output, embeddings + predictions)
 
     def _store_manifest(self) -> Manifest:
         return Manifest(

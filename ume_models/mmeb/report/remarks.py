@@ -90,6 +90,12 @@ def comparison_remarks(comparison: Comparison) -> list[str]:
             for one in differ
         )
         remarks.append(f"The runs were not evaluated alike: {told}. Differences mix with that.")
+    other = [task.task for task in comparison.tasks if task.same_data is False]
+    if other:
+        remarks.append(
+            f"{some(other)}: prompts, media, names or answers are not the same in both runs. "
+            "Differences mix with that."
+        )
     if comparison.not_compared:
         remarks.append(
             f"{plural(len(comparison.not_compared), 'task')} could not be compared and "
