@@ -225,6 +225,19 @@ def test_names_with_several_contents_are_a_warning(root: Path) -> None:
     assert "several contents under one name" in problem.what
 
 
+def test_repetitions_of_momentseeker_are_a_warning(miniature: Path, tmp_path: Path) -> None:
+    task = TASKS["MMEB-v2", "MomentSeeker"]
+    for folder in ("video-tasks/MomentSeeker", "video-tasks/frames/video_mret/MomentSeeker"):
+        shutil.copytree(miniature / folder, tmp_path / folder)
+    assert check([task], tmp_path) == []
+    [table] = (tmp_path / "video-tasks/MomentSeeker").rglob("*.jsonl")
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines, lines[0]]) + "\n")
+    problem = only(task, tmp_path)
+    assert problem.severity == "warning"
+    assert problem.what.startswith(f"1 of {len(lines) + 1} queries repeat another one")
+
+
 def test_empty_collections_and_no_queries(root: Path) -> None:
     rewrite(root / "M-BEIR/cand_pool/local/mbeir_cirr_task7_cand_pool.jsonl", [])
     assert only(COMPOSED, root).what == "8 of 8 queries have no candidates to be ranked among"

@@ -253,6 +253,22 @@ def test_the_made_up_tasks_are_solved(made_up, tmp_path):
     assert [score.score for score in summary.tasks] == [1, 1]
 
 
+def test_names_with_modes_are_those_of_plume(made_up, tmp_path):
+    modes = {"qry": "gen_qry", "tgt": "disc_tgt", "info.jsonl": "gen_disc_info.jsonl"}
+    for name in (LOCAL, GLOBAL):
+        for plain, with_mode in modes.items():
+            (made_up / f"{name}_{plain}").rename(made_up / f"{name}_{with_mode}")
+    summary = score_folder(made_up, tasks(LOCAL, GLOBAL), tmp_path / "out")
+    assert [score.score for score in summary.tasks] == [1, 1]
+    (made_up / f"{LOCAL}_gen_tgt").write_bytes((made_up / f"{LOCAL}_disc_tgt").read_bytes())
+    with pytest.raises(DataError, match=f"{LOCAL}_gen_tgt and {LOCAL}_disc_tgt: keep the files"):
+        score_folder(made_up, tasks(LOCAL), tmp_path / "two")
+    for side in ("gen_tgt", "disc_tgt"):
+        (made_up / f"{LOCAL}_{side}").unlink()
+    with pytest.raises(DataError, match=f"{LOCAL}_tgt cannot be read"):
+        score_folder(made_up, tasks(LOCAL), tmp_path / "none")
+
+
 def with_line(change: Mapping[str, Any] | str) -> Change:
     """The second line of the answers changed, or replaced; a blank line before it."""
 

@@ -7,7 +7,7 @@ Lengths are not checked: whether a prompt fits the model is known only with the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -33,6 +33,10 @@ _KINDS: dict[str, tuple[Severity, str, str]] = {
     "clash": (
         "warning", "{n} of {of} candidates have several contents under one name; the first counts",
         "compare the tables with the published ones",
+    ),
+    "repeated": (
+        "warning", "{n} of {of} queries repeat another one with the same clips",
+        "these may be the labels before VLM2Vec removed repetitions; get VLM2Vec/MomentSeeker",
     ),
     "mixed frames": (
         "error", "the frames of {n} of {of} videos are of different sizes",
@@ -167,6 +171,14 @@ def _check_labels(data: TaskData, findings: _Findings) -> None:
             findings.add(kind, id, reason)
     for name in data.candidates.clashes:
         findings.add("clash", name)
+    if data.task.reader == "momentseeker":  # published with repetitions at first
+        findings.whole["repeated"] = len(data.queries)
+        seen = set()
+        for query in data.queries:
+            content = (replace(query.item, id=""), query.relevant, frozenset(query.candidates))
+            if content in seen:
+                findings.add("repeated", str(query.item.id))
+            seen.add(content)
 
 
 def _check_items(

@@ -32,30 +32,26 @@ def locate(source: Source, root: Path, *, download: bool = False) -> list[Path]:
     """The table files of one configuration and split, in order.
 
     Args:
-        source: what is looked for; ``source.paths`` come first, then folders named like the
-            repository, then the hub's cache.
+        source: what is looked for; ``source.paths`` come first, in their order, then folders named
+            like the repository, then the hub's cache.
         root: the data root.
         download: fetch from the hub what is nowhere on the disk.
 
     Raises:
         DataError: there are none; the places are named.
     """
-    folders: list[Path] = []
-    for path in source.paths:
-        if Path(path).suffix in TABLE_SUFFIXES:
-            if (root / path).is_file():
-                return [root / path]
-        else:
-            folders.append(root / path)
-    folders += [root / source.repository.rsplit("/", 1)[-1], root / source.repository]
-    for folder in dict.fromkeys(folders):
-        if found := find_tables(folder, source.config, source.split):
+    named = (source.repository.rsplit("/", 1)[-1], source.repository)
+    for place in dict.fromkeys((*source.paths, *named)):
+        path = root / place
+        if path.suffix in TABLE_SUFFIXES and path.is_file():
+            return [path]
+        if found := find_tables(path, source.config, source.split):
             return found
     for folder in _hub_folders(source, download):
         if found := find_tables(folder, source.config, source.split):
             return found
     config = f", configuration {source.config!r}" if source.config else ""
-    places = [str(root / path) for path in source.paths] or [str(folders[0])]
+    places = [str(root / path) for path in source.paths or named[:1]]
     raise DataError(
         f"there are no tables of {source.repository}{config}, split {source.split!r}, in "
         f"{' or '.join(places)}, nor in the hub's cache; get them with `hf download --repo-type "

@@ -10,6 +10,8 @@ Two layouts, both below one folder:
     TASK_tgt                a pickled mapping from candidate name to embedding,
     TASK_info.jsonl         and the answers of every query; needs no data root
 
+The evaluation of PLUME has the modes of both sides in these names: TASK_gen_qry, TASK_gen_tgt,
+TASK_gen_gen_info.jsonl.
 Pickles are opened by a reader that knows arrays and nothing else, so they cannot run code.
 Whatever would only lower the scores, such as an answer that is not among the candidates, is an
 error.
@@ -36,6 +38,7 @@ from ume_models.mmeb.results import RunFolder, TaskScore, score_task
 from ume_models.mmeb.stored_answers import read_answers
 from ume_models.mmeb.tasks import Task
 
+_MODES = ("gen", "disc")  # of PLUME's evaluation
 _UNIT = 0.01  # bfloat16 rows of unit length are off by less
 
 
@@ -82,8 +85,9 @@ def read_stored(folder: Path, task: Task, *, answers: bool = True) -> StoredTask
     own = folder / task.name
     if any((own / f"{side}.npy").is_file() for side in ("queries", "candidates")):
         return _read_arrays(own, task)
-    if any((folder / f"{task.name}_{side}").is_file() for side in ("qry", "tgt")):
-        return _read_official(folder, task, answers)
+    names = {side: _official_names(folder, task, side) for side in ("qry", "tgt")}
+    if any(names.values()):
+        return _read_official(folder, task, names, answers)
     return None
 
 
@@ -157,8 +161,23 @@ def _read_arrays(folder: Path, task: Task) -> StoredTask:
     return _checked(where, queries, [str(name) for name in names], candidates)
 
 
-def _read_official(folder: Path, task: Task, answers: bool) -> StoredTask:
-    paths = [folder / f"{task.name}_{side}" for side in ("qry", "tgt")]
+def _official_names(folder: Path, task: Task, side: str) -> list[str]:
+    """Names of one side's files, without and with a mode."""
+    known = [f"{task.name}_{side}", *(f"{task.name}_{mode}_{side}" for mode in _MODES)]
+    return [name for name in known if (folder / name).is_file()]
+
+
+def _read_official(
+    folder: Path, task: Task, names_of: Mapping[str, Sequence[str]], answers: bool
+) -> StoredTask:
+    for found in names_of.values():
+        if len(found) > 1:
+            raise DataError(
+                f"{task.name}: {folder} has {' and '.join(found)}: keep the files of one mode there"
+            )
+    # Where one side is missing, its plain name tells what was looked for.
+    files = [(names_of[side] or [f"{task.name}_{side}"])[0] for side in ("qry", "tgt")]
+    paths = [folder / file for file in files]
     queries, targets = map(_unpickled, paths)
     if not isinstance(queries, np.ndarray):
         raise DataError(f"{task.name}: {paths[0]} must hold an array; write it again")
@@ -169,7 +188,8 @@ def _read_official(folder: Path, task: Task, answers: bool) -> StoredTask:
     names = [str(name) for name in targets]
     candidates = _stacked(f"{task.name}: {paths[1]}", names, list(targets.values()))
     stored = _checked(f"{task.name}: {folder}", queries, names, candidates)
-    path = folder / f"{task.name}_info.jsonl"
+    modes = [file.removeprefix(task.name).rpartition("_")[0] for file in files]  # "" or "_gen"
+    path = folder / f"{task.name}{''.join(modes)}_info.jsonl"
     if not answers or not path.is_file():
         return stored
     return replace(stored, answers=read_answers(path, task, {*names}))

@@ -106,7 +106,8 @@ def score_folder(
         if not found:
             raise DataError(
                 f"{embeddings} has embeddings of none of the {len(tasks)} tasks; expected "
-                "TASK/queries.npy, or TASK_qry and TASK_tgt as the official evaluation writes them"
+                "TASK/queries.npy, or TASK_qry and TASK_tgt (TASK_gen_qry and TASK_gen_tgt) as the "
+                "official evaluations write them"
             )
         summary = summarise_folder(results, tasks, missing)
         _write(output / "summary.json", summary.to_json())

@@ -217,6 +217,21 @@ def test_pages_in_tables_are_read_when_asked_for(
     assert root.read("ViDoRe_tatdqa").candidates.item(0).images == (extracted,)
 
 
+def test_pages_extracted_from_the_other_version_do_not_count(root: Any, stored: Any) -> None:
+    pages = {version: [picture(colour)] * 8 for version, colour in
+             (("ViDoSeek-page-fixed", "red"), ("ViDoSeek-page", "blue"))}  # fmt: skip
+    for version, cells in pages.items():
+        stored(version, "test", list(range(8)), cells)
+    root.files("visdoc-tasks/ViDoSeek-page", "2.png")
+    for labels, cells in zip(("fixed", "legacy"), pages.values(), strict=True):
+        read = root.read("ViDoSeek-page", labels=labels)
+        assert read.candidates.item(0).images == (cells[0],)
+    # where the table has no pages, the extracted ones must do
+    beir(root, "MMLongBench-page-fixed", pages=(10, 11, 12))
+    extracted = root.files("visdoc-tasks/MMLongBench-page", "12.png") / "12.png"
+    assert root.read("MMLongBench-page").candidates.item(0).images == (extracted,)
+
+
 def test_pages_named_jpg_are_compressed_anew(root: Any, stored: Any, tmp_path: Path) -> None:
     """The official evaluation writes pages to files of their names with Pillow's defaults."""
     pages = [picture("red", "JPEG"), picture("blue"), picture("green")] * 3

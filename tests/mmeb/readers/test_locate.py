@@ -147,8 +147,8 @@ def test_places_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     source = Source("owner/Name", None, "test", ("tasks/Name", "tasks/data/name.jsonl"))
     with pytest.raises(DataError, match=r"no tables of owner/Name, split 'test', in .*tasks/Name "):
         locate(source, tmp_path)
-    places = ["owner/Name/test.jsonl", "Name/test.jsonl", "tasks/Name/test.jsonl",
-              "tasks/data/name.jsonl"]  # fmt: skip
+    places = ["owner/Name/test.jsonl", "Name/test.jsonl", "tasks/data/name.jsonl",
+              "tasks/Name/test.jsonl"]  # fmt: skip
     for place in places:
         write(tmp_path, place)
         assert locate(source, tmp_path) == [tmp_path / place]

@@ -125,6 +125,23 @@ def test_the_instruction_belongs_to_data_set_and_modalities(tmp_path: Path) -> N
     assert read(tmp_path, "oven_task8").queries[0].item.text == "This one. who?"
 
 
+def test_answers_of_other_collections_do_not_count_unless_there_are_no_others(
+    tmp_path: Path,
+) -> None:
+    write(
+        tmp_path,
+        queries=[query(1, "a"), query(2, "b")],
+        pool=[candidate("8:10", "x"), candidate("8:11", "y")],
+        qrels=["8:1 0 6:9 1 7", "8:1 0 8:11 1 7", "8:2 0 6:9 1 7"],
+        instructions=["image,text\timage\tCIRR\t8\tFind it"],
+    )
+    data = read(tmp_path)
+    assert [one.relevant for one in data.queries] == [("8:11",), ("6:9",)]
+    assert data.queries[0].labels == ("8:11",)
+    # the instruction is a sentence before the text is joined to it
+    assert data.queries[0].item.text == "Find it. a."
+
+
 def test_mscoco_has_a_collection_of_its_own_for_testing(tmp_path: Path) -> None:
     instruction = "text\timage\tMSCOCO\t9\tFind it."
     row = {**query(1, "a dog"), "qid": "9:1"}

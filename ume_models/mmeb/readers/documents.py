@@ -1,7 +1,9 @@
 """Visual documents in the layout of BEIR: queries, a corpus of pages, and graded judgements.
 
 Configurations "queries" (query-id, query), "corpus" (corpus-id, image) and "qrels" (query-id,
-corpus-id, score). Pages are files where they have been extracted, else cells of the corpus.
+corpus-id, score). Pages are files where they have been extracted, else cells of the corpus; the
+other way round where two versions of a corpus have been published: both extract to one folder, and
+what lies there may be of the other one.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ class Pages(Candidates):
         clashes: names that several rows have.
         corpus: the table.
         folders: where pages may have been extracted to.
+        extracted_first: take an extracted page before the corpus's own.
         file_name: name of a page's file.
         text: what is embedded with every page.
     """
@@ -67,12 +70,13 @@ class Pages(Candidates):
         clashes: Sequence[str],
         corpus: Table,
         folders: Sequence[Path],
+        extracted_first: bool,
         file_name: Callable[[str], str],
         text: str,
     ) -> None:
         self.names, self.clashes = names, clashes
         self._rows, self._corpus, self._folders = rows, corpus, folders
-        self._file_name, self._text = file_name, text
+        self._extracted_first, self._file_name, self._text = extracted_first, file_name, text
 
     def reading_order(self) -> Sequence[int]:
         # The judged pages stand first among the names, wherever they lie in the corpus.
@@ -83,17 +87,21 @@ class Pages(Candidates):
         return Item(self._text, (self._page(name),), id=name)
 
     def _page(self, name: str) -> MediaSource:
-        file = self.extracted(name)
-        if file is not None:
-            return file
-        row = self._rows.get(name)
-        if row is not None and "image" in self._corpus.columns:
-            page = picture(self._corpus.cell(row, "image"), self._corpus.files[0].parent)
-            if isinstance(page, bytes):
-                return _as_extracted(page, self._file_name(name))
-            if page is not None:
+        ways = (self.extracted, self._in_corpus)
+        for way in ways if self._extracted_first else reversed(ways):
+            if (page := way(name)) is not None:
                 return page
         return self._folders[0] / self._file_name(name)
+
+    def _in_corpus(self, name: str) -> MediaSource | None:
+        """A page's cell; None where the corpus has none, or the path of no file."""
+        row = self._rows.get(name)
+        if row is None or "image" not in self._corpus.columns:
+            return None
+        page = picture(self._corpus.cell(row, "image"), self._corpus.files[0].parent)
+        if isinstance(page, bytes):
+            return _as_extracted(page, self._file_name(name))
+        return page if isinstance(page, Path) and page.is_file() else None
 
     def extracted(self, name: str) -> Path | None:
         """A page's file; None where it has not been extracted."""
@@ -152,6 +160,7 @@ def _read(
         list(clashes),
         corpus,
         [root / folder for folder in task.media],
+        task.legacy_source is None,
         file_name,
         instruct(words.target),
     )

@@ -32,7 +32,8 @@ def read(task: Task, root: Path, options: ReadOptions) -> TaskData:
 
     The official evaluation draws one of four instructions for every query; here the first is used,
     so that results can be repeated. Texts are brought into its form: without surrounding quotes, a
-    capital first, a full stop at the end.
+    capital first, a full stop at the end. Answers that are not in the task's own collection do not
+    count, unless a query has no other: the judgements of OVEN and InfoSeek name each other's.
 
     Args:
         task: a task of ``mbeir.MBEIR``.
@@ -50,6 +51,8 @@ def read(task: Task, root: Path, options: ReadOptions) -> TaskData:
     instructions_file = _existing(folder / _INSTRUCTIONS)
     instructions = _instructions(instructions_file)
     pool_file = _pool_file(folder, str(name))
+    collection = _Collection(folder, pool_file, MODALITIES[task_number(task.name)][1])
+    reachable = {*collection.names}
 
     asked, found, _ = MODALITIES[task_number(task.name)]
     queries: list[Query] = []
@@ -68,11 +71,12 @@ def read(task: Task, root: Path, options: ReadOptions) -> TaskData:
                 f"{found}, which {at} asks for: download the file again"
             )
         images = (folder / path,) if path else ()
-        relevant = tuple(answers.get(qid, ()))
-        item = Item(_sentence(f"{instructions[key]} {text}"), images, id=qid)
+        judged = answers.get(qid, ())
+        relevant = tuple(did for did in judged if did in reachable) or tuple(judged)
+        item = Item(_sentence(f"{_sentence(instructions[key])} {text}"), images, id=qid)
         queries.append(Query(item, relevant, labels=relevant))
     files = (folder / queries_file, pool_file, judgements_file, instructions_file)
-    return TaskData(task, queries, _Collection(folder, pool_file, found), files)
+    return TaskData(task, queries, collection, files)
 
 
 class _Collection(Candidates):

@@ -86,8 +86,7 @@ def read_momentseeker(task: Task, root: Path, options: ReadOptions) -> TaskData:
 
     With ``momentseeker_leak`` as in the evaluation of PLUME: clips are single frames where the
     table names one, and a query whose own picture or video is missing is given a frame of the right
-    answer. Otherwise as upstream: clips are folders of frames, and a single frame is taken only
-    where a clip has no such folder.
+    answer. Otherwise as upstream: clips are folders of frames, and what is missing is named.
     """
     table = open_table(locate(task.tables(options.labels), root, download=options.download))
     folder = media_folder(task, root)
@@ -143,9 +142,8 @@ def _entries(row: Mapping[str, Any], column: str) -> Sequence[Mapping[str, Any]]
 
 def _find(clip: Mapping[str, Any], folder: Path, single_frames: bool) -> str:
     """Where a clip's frames are, relative to the frame root; that is its name as well."""
-    frames = f"{_FRAMES_OF_CLIPS}/{_folder_name(path_of(clip, 'output_path'))}"
-    frame = _existing(folder, optional_path_of(clip, "frame_path"))
-    return frame if frame and (single_frames or not (folder / frames).exists()) else frames
+    frame = _existing(folder, optional_path_of(clip, "frame_path")) if single_frames else None
+    return frame or f"{_FRAMES_OF_CLIPS}/{_folder_name(path_of(clip, 'output_path'))}"
 
 
 def _folder_name(path: str) -> str:
