@@ -48,14 +48,3 @@ def require() -> ModuleType:
 def cpu_isa() -> str | None:
     """Fastest CPU instruction set the native kernels can use here, None without the module."""
     return None if module is None else str(module.cpu_isa())
-
-
-def cuda_build() -> str | None:
-    """CUDA version the native module was compiled with, None for a C++ only build.
-
-    Does not touch the driver.
-    """
-    if module is None or not module.with_cuda:
-        return None
-    version = module.cuda_runtime_version()
-    return f"{version // 1000}.{version % 1000 // 10}"

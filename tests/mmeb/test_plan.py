@@ -107,7 +107,9 @@ def test_another_selection_uses_what_is_finished_and_embeds_the_rest(tmp_path):
         for shard in shards:
             lookup.add(name, shard)
     lookup.add(part.store, part.shard)
-    assert torch.equal(lookup.rows(wanted), torch.stack([row(key) for key in wanted]))
+    rows, skipped = lookup.find([*wanted, wanted[1]])
+    assert torch.equal(rows, torch.stack([row(key) for key in [*wanted, wanted[1]]]))
+    assert not skipped
     second.close()
     # and the same selection once more finds everything
     third = make_plan(tmp_path, wanted, manifest(), SIZES)
@@ -162,7 +164,46 @@ def test_skipped_items_are_told_with_their_reason(tmp_path):
     assert not lookup.has(wanted[1])
     lookup.add(part.store, part.shard)
     assert lookup.has(wanted[1])
-    assert lookup.problems(wanted) == {wanted[1]: "broken"}
+    rows, skipped = lookup.find(wanted)
+    assert skipped == {wanted[1]: "broken"}
+    assert rows.isnan().all(dim=1).tolist() == [False, True, False]
+    assert torch.equal(rows[2], row(wanted[2]))
     with pytest.raises(KeyError):
-        lookup.rows(wanted)
+        lookup.find(keys("text", [99]))
     plan.close()
+
+
+def test_found_rows_do_not_keep_their_shards_in_memory(tmp_path):
+    wanted = keys("text", range(7))
+    plan = make_plan(tmp_path, wanted, manifest(), SIZES)
+    do(plan)
+    lookup = EmbeddingLookup(plan.stores)
+    for part in plan.work:
+        lookup.add(part.store, part.shard)
+    rows, _ = lookup.find([wanted[6], wanted[0]])
+    assert rows.untyped_storage().nbytes() == rows.numel() * 4
+    plan.close()
+
+
+def test_what_a_detour_embedded_is_not_embedded_again(tmp_path):
+    whole = make_plan(tmp_path, keys("text", range(7)), manifest(), SIZES)
+    whole.close()  # stopped before anything was embedded
+    detour = make_plan(tmp_path, keys("text", [3, 4, 5]), manifest(), SIZES)
+    do(detour)
+    detour.close()
+    again = make_plan(tmp_path, keys("text", range(7)), manifest(), SIZES)
+    planned = [key for p in again.work for key in again.stores[p.store].shard_keys(p.shard)]
+    assert planned == keys("text", [0, 1, 2, 6])
+    do(again)
+    lookup = EmbeddingLookup(again.stores)
+    for part in again.work:
+        lookup.add(part.store, part.shard)
+    for name, shards in again.finished.items():
+        for shard in shards:
+            lookup.add(name, shard)
+    rows, _ = lookup.find(keys("text", range(7)))
+    assert torch.equal(rows, torch.stack([row(key) for key in keys("text", range(7))]))
+    again.close()
+    last = make_plan(tmp_path, keys("text", range(7)), manifest(), SIZES)
+    assert last.work == []
+    last.close()

@@ -57,6 +57,14 @@ def test_rankings_are_those_of_a_plain_loop(
         assert one.scores == tuple(scores[name] for name in best)
 
 
+def test_candidates_go_to_a_gpu_only_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = torch.zeros(1000, 8)  # 32,000 bytes
+    assert ranking_module._has_room("cpu", candidates)
+    for free, fits in ((64_000, True), (63_999, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
+        assert ranking_module._has_room(torch.device("cuda", 1), candidates) is fits
+
+
 def test_shared_lists_are_ranked_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, _, names, _ = mixture()
     generator = torch.Generator().manual_seed(6)

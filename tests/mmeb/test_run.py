@@ -23,6 +23,7 @@ from ume_models.mmeb.embeddings import task_embeddings
 from ume_models.mmeb.progress import Progress
 from ume_models.mmeb.results import RunFolder
 from ume_models.mmeb.summary import Summary
+from ume_models.mmeb.team import LoneTeam
 
 FEW = ("ImageNet-1K", "MSR-VTT", "ViDoSeek-page", "ViDoSeek-doc")
 # How long it took, and when files were read: all that may differ between two runs.
@@ -266,6 +267,57 @@ def test_a_full_disk_is_named_and_what_is_done_is_kept(model, miniature, tmp_pat
     told = Recorder()
     run(model, miniature, out, "ImageNet-1K", options=options, progress=told)
     assert sum(told.done.values()) >= 6
+
+
+def test_what_was_scored_is_not_ranked_again(model, miniature, tmp_path, monkeypatch):
+    import ume_models.mmeb.scoring as scoring
+
+    root, out, ranked = copy_of(miniature, tmp_path / "data"), tmp_path / "out", []
+    real = scoring.rank_task
+
+    def rank(task, *arguments, **options):
+        ranked.append(task.name)
+        return real(task, *arguments, **options)
+
+    monkeypatch.setattr(scoring, "rank_task", rank)
+    first = run(model, root, out, "ImageNet-1K", "MSR-VTT")
+    before = contents(out)
+    told = Recorder()
+    again = run(model, root, out, "ImageNet-1K", "MSR-VTT", progress=told)
+    assert ranked == ["ImageNet-1K", "MSR-VTT"] == told.scores
+    assert (again, contents(out)) == (first, before)
+    # a damaged score is no score, and one of another picture is another task's
+    (out / "tasks" / "MSR-VTT" / "predictions.jsonl").write_text("")
+    run(model, root, out, "ImageNet-1K", "MSR-VTT")
+    assert contents(out) == before
+    Image.new("RGB", (40, 40)).save(read(root, "ImageNet-1K").queries[0].item.images[0], "JPEG")
+    run(model, root, out, "ImageNet-1K", "MSR-VTT")
+    assert ranked[2:] == ["MSR-VTT", "ImageNet-1K"]
+
+
+def test_shards_that_show_late_are_waited_for_and_never_forgotten(
+    model, miniature, tmp_path, monkeypatch
+):
+    """A network file system may say for a while that a new file is not there."""
+    import ume_models.mmeb.run as run_module
+    from ume_models.store import EmbeddingStore
+
+    real, asked = EmbeddingStore.has, []
+
+    def late(self, shard):
+        asked.append(shard)
+        return len(asked) > 60 and real(self, shard)
+
+    monkeypatch.setattr(run_module, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(EmbeddingStore, "has", late)
+    two = LoneTeam()
+    two.size = 2
+    summary = run(model, miniature, tmp_path / "late", "MSR-VTT", team=two)
+    assert [score.task for score in summary.tasks] == ["MSR-VTT"] and len(asked) > 60
+    monkeypatch.setattr(run_module, "_SECONDS_UNTIL_SEEN", 0.0)
+    monkeypatch.setattr(EmbeddingStore, "has", lambda self, shard: False)
+    with pytest.raises(StoreError, match=r"finished shards cannot be seen, such as 0 of .*share"):
+        run(model, miniature, tmp_path / "never", "MSR-VTT")
 
 
 def test_too_little_room_is_told_before_anything_is_embedded(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ume_models.errors import StoreError, UmeError
-from ume_models.retrieval import ExactIndex, FaissIndex, Index, local_rankings
+from ume_models.retrieval import ExactIndex, FaissIndex, Index, local_search
 
 
 def vectors(rows: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
@@ -194,8 +194,8 @@ def test_each_query_ranks_its_own_candidates(kind: Any) -> None:
     result = index.search(queries, 2, candidates=lists)
     assert result.ids == [ids[:2] for ids in expected]
     assert result.rows[0].tolist() == [-1, -1]
-    assert local_rankings(index, queries, lists) == expected
-    assert local_rankings(index, queries, [[], [], []]) == [[], [], []]
+    assert local_search(index, queries, lists, len(index)).ids == expected
+    assert local_search(index, queries, [[], [], []], len(index)).ids == [[], [], []]
     mask = torch.ones(60, dtype=torch.bool)
     mask[3] = False
     found = index.search(queries, 4, candidates=lists, allowed=mask).ids[2]

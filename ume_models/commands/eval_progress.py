@@ -33,6 +33,7 @@ class EvalProgress(progress.Progress):
         self._done: dict[Kind, int] = {}
         self._told_at = time.monotonic()  # the first line after a while, too
         self._bars: dict[Kind, TaskID] = {}
+        self._bar: TaskID | None = None  # of what comes before
         self._display: Progress | None = None
         if not quiet and sys.stderr.isatty():
             self._display = Progress(
@@ -57,8 +58,12 @@ class EvalProgress(progress.Progress):
         if self._display is not None:
             self._display.stop()
 
+    def reading(self, task: str, number: int, of: int) -> None:
+        self._step("reading", f"reading {task}", number, of)
+
     def planned(self, totals: Mapping[Kind, int], done: Mapping[Kind, int]) -> None:
         self._totals, self._done = dict(totals), dict(done)
+        self._end_step()
         before = sum(done.values())
         if before:
             then = "going on from there" if before < sum(totals.values()) else "nothing to embed"
@@ -83,9 +88,7 @@ class EvalProgress(progress.Progress):
             if self._bars:
                 self._display.update(next(reversed(self._bars.values())), left=left)
             return
-        now = time.monotonic()
-        if now - self._told_at >= _SECONDS_BETWEEN_LINES:
-            self._told_at = now
+        if self._is_time():
             counts = ", ".join(
                 f"{done[kind]} of {self._totals[kind]} {_NAMES[kind]}"
                 for kind in KINDS
@@ -97,18 +100,33 @@ class EvalProgress(progress.Progress):
         self._print(f"{score.task}: {score.metric} {100 * score.score:.1f}")
 
     def note(self, text: str) -> None:
-        if self._display is None and time.monotonic() - self._told_at >= _SECONDS_BETWEEN_LINES:
-            self._told_at = time.monotonic()
-            self._print(text)
+        self._print(text)
 
     def checking(self, done: int, total: int) -> None:
         """How much of a check is done."""
-        if self._display is None:
-            self.note(f"checked {done} of {total}")
-            return
-        if "text" not in self._bars:
-            self._bars["text"] = self._display.add_task("checking", total=total, left="")
-        self._display.update(self._bars["text"], completed=done, total=total)
+        self._step("checking", f"checked {done} of {total}", done, total)
+
+    def _step(self, what: str, line: str, done: int, of: int) -> None:
+        """One bar for what comes before embedding; the line now and then where there are none."""
+        if self._display is not None:
+            if self._bar is None:
+                self._bar = self._display.add_task(what, total=of, left="")
+            self._display.update(self._bar, completed=done, total=of)
+        elif self._is_time():
+            self._print(line)
+
+    def _end_step(self) -> None:
+        if self._display is not None and self._bar is not None:
+            self._display.remove_task(self._bar)
+            self._bar = None
+
+    def _is_time(self) -> bool:
+        """Whether the last line was told some time ago; then this is the next one's."""
+        now = time.monotonic()
+        if now - self._told_at < _SECONDS_BETWEEN_LINES:
+            return False
+        self._told_at = now
+        return True
 
     def _print(self, text: str) -> None:
         if self._quiet:

@@ -31,34 +31,50 @@ class EmbeddingLookup:
 
     def add(self, store: str, shard: int) -> None:
         """Make the rows of a finished shard known."""
+        place = (store, shard)
         for key in self._stores[store].shard_keys(shard):
-            self._where.setdefault(key, (store, shard))
+            self._where.setdefault(key, place)
 
     def has(self, key: str) -> bool:
         """Whether the shard with this key is finished, be its item embedded or skipped."""
         return key in self._where
 
-    def problems(self, keys: Sequence[str]) -> dict[str, str]:
-        """Those of the keys whose items were skipped, with the reasons."""
-        return {
-            key: reason for key in keys if (reason := self._rows(key).skipped.get(key)) is not None
-        }
+    def find(self, keys: Sequence[str]) -> tuple[torch.Tensor, dict[str, str]]:
+        """Embeddings of items, and why some have none. Every shard is read once.
 
-    def rows(self, keys: Sequence[str]) -> torch.Tensor:
-        """Embeddings float32 ``[len(keys), D]``.
+        Args:
+            keys: at least one; repetitions are allowed.
+
+        Returns:
+            float32 ``[len(keys), D]`` with rows of NaN for skipped items; and the reasons of these
+            by key, in the order of ``keys``.
 
         Raises:
             StoreError: a shard is damaged.
-            KeyError: an item has none.
+            KeyError: no known shard has a key.
         """
-        found: list[torch.Tensor] = []
-        for key in keys:
-            held = self._rows(key)
-            found.append(held.embeddings[held.position[key]])
-        return torch.stack(found)
+        of_shard: dict[tuple[str, int], list[int]] = {}
+        for position, key in enumerate(keys):
+            of_shard.setdefault(self._where[key], []).append(position)
+        found: torch.Tensor | None = None
+        reasons: dict[int, str] = {}
+        for place, positions in of_shard.items():
+            held = self._rows(place)
+            if found is None:
+                found = torch.full((len(keys), held.embeddings.shape[1]), torch.nan)
+            there = []
+            for position in positions:
+                if (reason := held.skipped.get(keys[position])) is None:
+                    there.append(position)
+                else:
+                    reasons[position] = reason
+            # Copied: a view would keep its whole shard in memory.
+            found[there] = held.embeddings[[held.position[keys[position]] for position in there]]
+        if found is None:
+            raise KeyError("no keys")
+        return found, {keys[position]: reasons[position] for position in sorted(reasons)}
 
-    def _rows(self, key: str) -> _Rows:
-        place = self._where[key]
+    def _rows(self, place: tuple[str, int]) -> _Rows:
         if place not in self._read:
             name, number = place
             self._read[place] = _Rows(self._stores[name].store.read(number))
@@ -107,11 +123,14 @@ def task_embeddings(folder: Path, task: str) -> tuple[torch.Tensor, torch.Tensor
         for shard in range(held.store.num_shards):
             if not needed.isdisjoint(held.shard_keys(shard)) and held.store.has(shard):
                 lookup.add(name, shard)
-    try:
-        queries = lookup.rows(listing.queries)
-        candidates = lookup.rows(listing.candidates)
-    except KeyError:
+    keys = [*listing.all_keys()]
+    if not all(map(lookup.has, keys)):
         return None
+    try:
+        rows, skipped = lookup.find(keys)
     except StoreError as error:
         raise StoreError(f"{task}: {error}") from error
-    return queries, candidates, list(listing.names)
+    if skipped:
+        return None
+    queries = len(listing.queries)
+    return rows[:queries], rows[queries:], list(listing.names)

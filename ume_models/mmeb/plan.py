@@ -130,12 +130,19 @@ def make_plan(
             name, held = _new_store(folder, missing, manifest, shard_sizes[kind])
             stores[name], finished[name] = held, set()
             continued.add(name)
+    there = {
+        key
+        for name, shards in finished.items()
+        for shard in shards
+        for key in stores[name].shard_keys(shard)
+    }
     order = {key: place for place, key in enumerate(wanted)}
     work = [
         Work(name, shard, len(stores[name].store.item_range(shard)), stores[name].kind)
         for name in continued
         for shard in range(stores[name].store.num_shards)
-        if shard not in finished[name]
+        # A later, smaller selection may have embedded it in a store of its own.
+        if shard not in finished[name] and not there.issuperset(stores[name].shard_keys(shard))
     ]
     work.sort(key=lambda part: order[stores[part.store].shard_keys(part.shard)[0]])
     return Plan(stores, finished, work)

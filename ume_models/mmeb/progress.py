@@ -27,6 +27,9 @@ class Remaining:
 class Progress:
     """Receives what happens; this one ignores it."""
 
+    def reading(self, task: str, number: int, of: int) -> None:
+        """A task's tables and media are being read; so many of all tasks have been."""
+
     def planned(self, totals: Mapping[Kind, int], done: Mapping[Kind, int]) -> None:
         """Items to embed in all, and those that earlier runs did."""
 

@@ -38,7 +38,7 @@ def rank_task(
         names: C unique names.
         candidate_rows: float ``[C, D]``.
         top: how many places to keep.
-        device: where to compute.
+        device: where to compute. Candidates that would fill a GPU stay where they are.
 
     Raises:
         DataError: the embeddings do not fit, one or a score is not finite, or a list names an
@@ -47,7 +47,8 @@ def rank_task(
     if len(query_rows) != len(queries):
         raise DataError(f"{task.name}: {len(query_rows)} embeddings for {len(queries)} queries")
     try:
-        index = ExactIndex(candidate_rows, names, device=device)
+        home = device if _has_room(device, candidate_rows) else candidate_rows.device
+        index = ExactIndex(candidate_rows, names, device=home)
         found: list[Ranking] = []
         for start in range(0, len(queries), _QUERIES_AT_ONCE):
             part = queries[start : start + _QUERIES_AT_ONCE]
@@ -59,6 +60,17 @@ def rank_task(
     except ValueError as error:
         raise DataError(f"{task.name}: {error}") from error
     return found
+
+
+def _has_room(device: str | torch.device, candidate_rows: torch.Tensor) -> bool:
+    """Whether candidates fit beside a model; where they do not, they are streamed to the queries.
+
+    Half of what is free, which leaves the other half to the search itself.
+    """
+    if torch.device(device).type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return candidate_rows.numel() * candidate_rows.element_size() <= free // 2
 
 
 def _ranked_by_list(

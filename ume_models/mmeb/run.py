@@ -47,6 +47,10 @@ from ume_models.mmeb.team import LoneTeam, Team, TeamError
 from ume_models.store import Manifest, lock_folder
 
 _NAMED = 5
+_SECONDS_UNTIL_SEEN = 90.0  # NFS remembers for up to 60 that a file is not there
+_POLL_SECONDS = 0.5
+_PARTS = 1_000_000  # teams count in whole numbers: microseconds
+_SECONDS_BETWEEN_SAVES = 60.0
 
 
 def evaluate(
@@ -191,8 +195,9 @@ class _Member:
             scorer.score_ready()
             pace = Pace(self.team, totals, done)
             self._embed(plan.work, plan.stores, where, pace, scorer)
+            self._pool_times()
             self.team.finish()
-            scorer.look_for(plan.work)
+            self._see_everything(scorer, plan)
             scorer.score_ready()
         finally:
             plan.close()
@@ -254,14 +259,20 @@ class _Member:
         """Name everything that is to be embedded, and notice what is not there."""
         keys = ContentKeys(self.output / "media.json", self.data)
         listings, absent = [], []
-        for data in read:
-            self.progress.note(f"reading {data.task.name}")
-            before = len(keys.missing)
-            listing = list_task(data, keys)
-            absent += [f"{data.task.name}: {path}" for path in keys.missing[before:]]
-            write_listing(self.output, listing)
-            listings.append(listing)
-        keys.save()
+        saved = time.monotonic()
+        try:
+            for number, data in enumerate(read):
+                self.progress.reading(data.task.name, number, len(read))
+                before = len(keys.missing)
+                listing = list_task(data, keys)
+                absent += [f"{data.task.name}: {path}" for path in keys.missing[before:]]
+                write_listing(self.output, listing)
+                listings.append(listing)
+                if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
+                    keys.save()
+                    saved = time.monotonic()
+        finally:  # digests of millions of files are not read twice because of one
+            keys.save()
         if absent and self.options.on_error == "stop":
             raise DataError(
                 first_few(f"{len(absent)} media files are missing", absent)
@@ -293,13 +304,26 @@ class _Member:
             shard_size=0,
         )
 
+    def _see_everything(self, scorer: Scorer, plan: Plan) -> None:
+        """Find the last shards of the others: network file systems show new files late."""
+        deadline = time.monotonic() + (_SECONDS_UNTIL_SEEN if self.team.size > 1 else 0)
+        while unseen := scorer.look_for(plan.work):
+            if time.monotonic() >= deadline:
+                part = unseen[0]
+                raise StoreError(
+                    f"{len(unseen)} finished shards cannot be seen, such as {part.shard} of "
+                    f"{plan.stores[part.store].store.directory}: the output folder must be on a "
+                    "file system that all hosts share; run the same command again"
+                )
+            time.sleep(_POLL_SECONDS)
+
     def _conclude(self, manifest: Mapping[str, Any], missing: Mapping[str, str]) -> Summary:
         asked = {*manifest["tasks"]}
         tasks = [task for task in benchmark(manifest["benchmark"]) if task.name in asked]
         summary = summarise_folder(self.results, tasks, missing)
         text = json.dumps(summary.to_json(), ensure_ascii=False, indent=1) + "\n"
         write_atomically(self.output / "summary.json", text.encode())
-        times = {kind: vars(stats) for kind, stats in self.times.items() if stats.batches}
+        times = {kind: vars(stats) for kind, stats in self._pooled_times().items() if stats.batches}
         if times:
             write_atomically(
                 self.output / "timing.json", (json.dumps(times, indent=1) + "\n").encode()
@@ -331,6 +355,7 @@ class _Member:
             ) from error
         zero = dict.fromkeys(KINDS, 0)
         self._embed(work, stores, where, Pace(self.team, zero, zero), None)
+        self._pool_times()
         self.team.finish()
 
     def _embed(
@@ -364,6 +389,21 @@ class _Member:
                 scorer.look_for(work[: number + 1])
                 self.progress.embedded(pace.done(), pace.remaining())
                 scorer.score_ready()
+
+
+    def _pool_times(self) -> None:
+        """Add what embedding took here to what it took in the other processes."""
+        for kind, stats in self.times.items():
+            for name, value in vars(stats).items():
+                self.team.tally(f"times/{kind}/{name}", round(value * _PARTS))
+
+    def _pooled_times(self) -> dict[Kind, EncodeStats]:
+        pooled = {kind: EncodeStats() for kind in KINDS}
+        for kind, stats in pooled.items():
+            for name, value in vars(stats).items():
+                total = self.team.tally(f"times/{kind}/{name}") / _PARTS
+                setattr(stats, name, type(value)(total))
+        return pooled
 
 
 def _add(total: EncodeStats, part: EncodeStats) -> None:

@@ -59,13 +59,19 @@ class Scorer:
             for data, listing in zip(read, listings, strict=True)
         ]
 
-    def look_for(self, work: Sequence[Work]) -> None:
-        """Take note of shards that this or another process has finished."""
+    def look_for(self, work: Sequence[Work]) -> list[Work]:
+        """Take note of shards that this or another process has finished; return the others."""
+        unseen = []
         for part in work:
             place = (part.store, part.shard)
-            if place not in self._known and self._stores[part.store].store.has(part.shard):
+            if place in self._known:
+                continue
+            if self._stores[part.store].store.has(part.shard):
                 self._known.add(place)
                 self.lookup.add(*place)
+            else:
+                unseen.append(part)
+        return unseen
 
     def score_ready(self) -> None:
         """Score every task that waits for nothing any more.
@@ -87,7 +93,11 @@ class Scorer:
 
     def _score(self, data: TaskData, listing: Listing) -> None:
         task = data.task
-        problems = self.lookup.problems(list(dict.fromkeys(listing.all_keys())))
+        made_from = answers_digest(data, listing)
+        if self._results.finished(task.name) and self._results.made_from(task.name) == made_from:
+            self._progress.scored(self._results.score(task.name))  # an earlier run ranked it
+            return
+        rows, problems = self.lookup.find([*listing.all_keys()])
         if problems:
             reasons = first_few(
                 f"{len(problems)} of its items cannot be embedded", problems.values()
@@ -98,9 +108,9 @@ class Scorer:
             rankings = rank_task(
                 task,
                 data.queries,
-                self.lookup.rows(listing.queries),
+                rows[: len(listing.queries)],
                 listing.names,
-                self.lookup.rows(listing.candidates),
+                rows[len(listing.queries) :],
                 top=self._options.top,
                 device=self._device,
             )
@@ -110,7 +120,7 @@ class Scorer:
                 raise
             self._lack(task.name, str(error))
             return
-        self._results.write(score, rankings, made_from=answers_digest(data, listing))
+        self._results.write(score, rankings, made_from=made_from)
         self._progress.scored(score)
 
     def _lack(self, task: str, reason: str) -> None:

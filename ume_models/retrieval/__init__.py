@@ -2,7 +2,7 @@
 
 from ume_models.retrieval.exact import ExactIndex
 from ume_models.retrieval.faiss_index import FaissIndex
-from ume_models.retrieval.local import local_rankings, local_search
+from ume_models.retrieval.local import local_search
 from ume_models.retrieval.metrics import RankingQuality, ranking_quality
 from ume_models.retrieval.protocol import Index, SearchResult
 
@@ -12,7 +12,6 @@ __all__ = [
     "Index",
     "RankingQuality",
     "SearchResult",
-    "local_rankings",
     "local_search",
     "ranking_quality",
 ]

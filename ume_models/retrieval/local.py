@@ -29,13 +29,3 @@ def local_search(
     longest = max((len(set(ids)) for ids in candidates), default=0)
     k = max(1, min(longest, len(index), top))
     return index.search(queries, k, candidates=candidates)
-
-
-def local_rankings(
-    index: Index, queries: torch.Tensor, candidates: Sequence[Sequence[str]]
-) -> list[list[str]]:
-    """Every list in the order of its inner products with its query, best first.
-
-    Arguments and errors as ``local_search``; lists are ranked completely.
-    """
-    return local_search(index, queries, candidates, len(index)).ids
