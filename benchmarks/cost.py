@@ -77,6 +77,11 @@ class Decoder:
         return attention + 3 * c.hidden_size * c.intermediate_size
 
     @property
+    def products(self) -> int:
+        """Weights of all layers that are multiplied with."""
+        return self.config.num_layers * self.layer_products
+
+    @property
     def layer_parameters(self) -> int:
         """All parameters of a layer: products, biases of q, k and v, two norms."""
         return self.layer_products + self.heads + 2 * self.kv + 2 * self.config.hidden_size

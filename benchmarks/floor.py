@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.cost import WIDTH, Decoder, Vision
 from benchmarks.shaped import SHAPES
 from ume_models.backbone.config import BackboneConfig, parse_config
 from ume_models.commands.machine import cpu_name
@@ -57,40 +58,22 @@ def measure() -> Machine:
     return Machine(flops, block.nbytes / best_time(block.sum))
 
 
-@dataclass(frozen=True)
-class Model:
-    """Parameters that a pass multiplies with, and operations of attention are left out."""
-
-    text: int
-    head: int
-    vision: int
-
-    @classmethod
-    def of(cls, config: BackboneConfig) -> Model:
-        """Count from the shape."""
-        width, inner = config.hidden_size, config.intermediate_size
-        kv = config.num_kv_heads * config.head_dim
-        heads = config.num_heads * config.head_dim
-        layer = width * (2 * heads + 2 * kv) + 3 * width * inner
-        v = config.vision
-        block = 4 * v.embed_dim**2 + 2 * v.embed_dim * v.intermediate_size
-        return cls(config.num_layers * layer, width * config.vocab_size, v.depth * block)
-
-
 def floor(
-    model: Model, machine: Machine, prompt: float, cached: int, visual: int, batch: int
+    config: BackboneConfig, machine: Machine, prompt: float, cached: int, visual: int, batch: int
 ) -> float:
     """Seconds per sample of the fast engine at the machine's limits.
 
     Vision and prefill are arithmetic; a pass over few tokens takes the longer of its arithmetic
     and of reading the weights. Attention, norms and activations count as free.
     """
+    text, tower = Decoder(config).products, Vision(config.vision)
 
     def one_pass(tokens: int) -> float:
-        return max(2 * tokens * model.text / machine.flops, 2 * model.text / machine.bandwidth)
+        return max(2 * tokens * text / machine.flops, WIDTH * text / machine.bandwidth)
 
-    vision = 2 * 4 * visual * model.vision / machine.flops
-    prefill = 2 * (prompt - cached) * model.text / machine.flops
+    patches = visual * config.vision.merge_size**2
+    vision = 2 * patches * config.vision.depth * tower.block_products / machine.flops
+    prefill = 2 * (prompt - cached) * text / machine.flops
     rolled = (LATENTS - 1) * one_pass(batch) + one_pass(batch * SUFFIX)
     return vision + prefill + rolled / batch
 
@@ -129,7 +112,7 @@ def main() -> None:
     if set(measured) != set(CASES):
         raise SystemExit(f"{sys.argv[1]} lacks test_engine.py with --size full")
     machine = measure()
-    model = Model.of(parse_config(SHAPES[SHAPE]))
+    config = parse_config(SHAPES[SHAPE])
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"best bf16 product {machine.flops / 1e9:.0f} GFLOP/s, ", end="")
     print(f"reading {machine.bandwidth / 1e9:.0f} GB/s\n")
@@ -137,7 +120,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, (cached, visual, batch) in CASES.items():
         row = measured[name]
-        least = floor(model, machine, row["tokens"], cached, visual, batch)
+        least = floor(config, machine, row["tokens"], cached, visual, batch)
         slow, fast = row["reference"], row["fast"]
         print(
             f"| {name} | {slow:.2f} s | {fast:.2f} s | {least:.2f} s "

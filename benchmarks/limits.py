@@ -1,7 +1,7 @@
 """The least time that work can take here: bytes at the memory's bandwidth, operations at the peak.
 
-On a GPU of the table, from its data sheet; on a CPU, from its best product and a plain read,
-measured once in every run.
+On a GPU, from its data sheet (``benchmarks.datasheets``); on a CPU, from its best product and a
+plain read, measured once in every run.
 """
 
 from __future__ import annotations
@@ -9,25 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-import torch
-
 from benchmarks.cost import Work
+from benchmarks.datasheets import this_gpu
 from benchmarks.floor import Machine, measure
-from benchmarks.roofline import GPUS
 from benchmarks.scale import scale
 
 
 @cache
 def machine() -> Machine | None:
-    """Limits of this run's device; None for a try and for a GPU that is not in the table."""
+    """Limits of this run's device; None for a try and for a GPU without a data sheet."""
     if scale().tiny:
         return None
     if scale().device.type == "cuda":
-        name = torch.cuda.get_device_name(0)
-        for gpu in GPUS:
-            if gpu.name.split("-")[0] in name:
-                return Machine(gpu.operations, gpu.bandwidth)
-        return None
+        gpu = this_gpu()
+        return None if gpu is None else Machine(gpu.operations, gpu.bandwidth)
     return measure()
 
 

@@ -171,7 +171,10 @@ def main() -> None:
     if options.json is not None:
         known = json.loads(options.json.read_text()) if options.json.exists() else []
         figures = {mode: round(seconds / samples, 4) for mode, seconds in best.items()}
-        about = {"shape": options.shape, "dtype": DTYPES[options.shape], "samples": samples}
+        about = {
+            "shape": options.shape, "dtype": DTYPES[options.shape], "samples": samples,
+            "rounds": options.rounds,
+        }  # fmt: skip
         known.append({**describe(), **about, "seconds_per_sample": figures})
         write_atomically(options.json, (json.dumps(known, indent=1) + "\n").encode())
 

@@ -29,6 +29,7 @@ from benchmarks.cost import (
     rollout,
     similarity_topk,
 )
+from benchmarks.datasheets import A100_80G, H100_SXM, H200, Gpu
 from benchmarks.floor import LATENTS
 from benchmarks.floor import SUFFIX as CHUNK
 from benchmarks.shaped import SHAPES
@@ -85,28 +86,8 @@ MODELS: dict[str, dict[str, Any]] = {
 """Qwen2-VL-2B, Qwen2.5-VL-3B, Qwen2-VL-7B."""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Peak of dense bf16 products (operations/s) and bandwidth (bytes/s), from the data sheet."""
-
-    name: str
-    operations: float
-    bandwidth: float
-
-    def moving(self, work: Work) -> float:
-        """Seconds for the bytes alone."""
-        return work.bytes / self.bandwidth
-
-    def computing(self, work: Work) -> float:
-        """Seconds for the operations alone."""
-        return work.operations / self.operations
-
-
-GPUS = (
-    Gpu("A100-80G", 312e12, 2.039e12),
-    Gpu("H100-SXM", 989e12, 3.35e12),
-    Gpu("H200", 989e12, 4.8e12),
-)
+GPUS = (A100_80G, H100_SXM, H200)
+"""Columns of the tables."""
 
 
 @dataclass(frozen=True)

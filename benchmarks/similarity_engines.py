@@ -1,4 +1,8 @@
-"""The ways to search and to take the loss that ``benchmarks/test_similarity.py`` compares."""
+"""The ways to search and to take the loss that the benchmarks compare.
+
+A search is prepared first, so that neither an index nor a conversion is part of its time. faiss and
+the official evaluator run on the CPU whatever the machine has: they are given a corpus there.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +34,14 @@ class Corpus:
         """The same on a device."""
         return Corpus(*(getattr(self, name).to(device) for name in ("q16", "c16", "q32", "c32")))
 
+    def first(self, queries: int) -> Corpus:
+        """The same candidates for fewer queries."""
+        return Corpus(self.q16[:queries], self.c16, self.q32[:queries], self.c32)
 
+
+@cache
 def corpus(queries: int, candidates: int, width: int) -> Corpus:
-    """Random unit vectors."""
+    """Random unit vectors, in the host's memory."""
     generator = torch.Generator().manual_seed(0)
     q, c = (
         normalize(torch.randn(rows, width, generator=generator), dim=1).bfloat16()
@@ -41,23 +50,41 @@ def corpus(queries: int, candidates: int, width: int) -> Corpus:
     return Corpus(q, c, q.float(), c.float())
 
 
-def faiss_flat(data: Corpus, k: int) -> Callable[[], torch.Tensor]:
+Search = Callable[[], torch.Tensor]
+"""Finds the indices ``[Q, k]``."""
+
+
+def on_cpu(engine: str) -> bool:
+    """Whether it uses no GPU even where there is one."""
+    return engine.startswith(("faiss", "official"))
+
+
+def faiss_flat(data: Corpus, k: int) -> Search:
     """``IndexFlatIP``, built before."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatIP(data.c32.shape[1])
-    index.add(data.c32.cpu().numpy())
-    return lambda: torch.from_numpy(index.search(data.q32.cpu().numpy(), k)[1])
+    index.add(data.c32.numpy())
+    return lambda: torch.from_numpy(index.search(data.q32.numpy(), k)[1])
 
 
-def official(data: Corpus, k: int) -> Callable[[], torch.Tensor]:
-    """The official evaluator: all scores, all of them sorted."""
-    q, c = data.q32.cpu().numpy(), data.c32.cpu().numpy()
-    return lambda: torch.from_numpy(np.argsort(-np.dot(q, c.T), axis=1)[:, :k].copy())
+def official(data: Corpus, k: int, block: int | None = None) -> Search:
+    """The official evaluator: all scores, all of them sorted; for ``block`` queries at a time."""
+    q, c = data.q32.numpy(), data.c32.numpy()
+    step = block or len(q)
+
+    def search() -> torch.Tensor:
+        found = [
+            np.argsort(-np.dot(q[start : start + step], c.T), axis=1)[:, :k].copy()
+            for start in range(0, len(q), step)
+        ]
+        return torch.from_numpy(np.concatenate(found))
+
+    return search
 
 
-ENGINES: dict[str, Callable[[Corpus, int], Callable[[], torch.Tensor]]] = {
+ENGINES: dict[str, Callable[[Corpus, int], Search]] = {
     "similarity_topk bf16": lambda d, k: lambda: similarity_topk(d.q16, d.c16, k)[1],
     "similarity_topk fp32": lambda d, k: lambda: similarity_topk(d.q32, d.c32, k)[1],
     "faiss IndexFlatIP": faiss_flat,
@@ -65,7 +92,7 @@ ENGINES: dict[str, Callable[[Corpus, int], Callable[[], torch.Tensor]]] = {
     "torch fp32 matmul + topk": lambda d, k: lambda: (d.q32 @ d.c32.T).topk(k).indices,
     "official numpy dot + argsort": official,
 }
-"""Each prepares a search, which returns the indices ``[Q, k]``."""
+"""Each prepares a search."""
 
 
 @cache

@@ -3,8 +3,9 @@
     pytest benchmarks/test_engine.py --benchmark-only --benchmark-json=out.json
     ume bench report out.json
 
-All engines run in one process on the same random weights. The official loop takes one sample at a
-time, so its time per sample is measured on a few and compared with the batch of the others.
+All engines run in one process on the same random weights, with the same rounds and warm-up. The
+official loop takes one sample at a time, so its time per sample is measured on a few and compared
+with the batch of the others.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ CASES: dict[str, tuple[str, int]] = {
     f"one image of {SIZE.tokens['image']} tokens": ("image", 1),
 }
 """Input class and items of a batch; ``benchmarks.floor`` knows some of the names."""
+WARM_UP = 3 if SIZE.device.type == "cuda" else 1
+"""Calls before; on a GPU, compilation and the recording of graphs take more than one."""
 
 
 @pytest.mark.parametrize("engine", ["fast", "reference", "padded batches"])
@@ -50,31 +53,27 @@ CASES: dict[str, tuple[str, int]] = {
 def test_engine(benchmark: Any, model: PlumeForEmbedding, case: str, engine: str) -> None:
     kind, count = CASES[case]
     taken = min(count, SIZE.official) if engine == "reference" else count
-    # other seeds for the warm-up, so that nothing but the constant header is computed before
-    items = MAKE[kind](taken, 1)
+    # another seed for the warm-up, so that nothing but the constant header is computed before
+    items, others = MAKE[kind](taken, 1), MAKE[kind](taken, 2)
     gc.collect()
     reset_peak_memory(model.device)
     before = peak_memory(model.device)
     if engine == "padded batches":
         rival = BatchedTransformers(model, count, compiled=model.device.type == "cuda")
-        for _ in range(3 if rival.compiled else 1):
-            rival.encode(MAKE[kind](count, 2))
         record(
             benchmark, lambda: rival.encode(items), section="input class", group=case,
-            engine=engine, role="rival", samples=taken, rounds=2, warm_up=0, filled=False,
-            shape=SIZE.shape,
+            engine=engine, role="rival", samples=taken, rounds=2, warm_up=WARM_UP,
+            warm=lambda: rival.encode(others), filled=False, shape=SIZE.shape,
         )  # fmt: skip
         benchmark.extra_info["extra_bytes"] = peak_memory(model.device) - before
         return
     with_engine(model, engine)
     try:
-        # on a GPU the whole batch, which records the graph of its bucket
-        few = taken if SIZE.device.type == "cuda" else 1
-        encode_detailed(model, MAKE[kind](few, 2))
         output = record(
             benchmark, lambda: encode_detailed(model, items), section="input class", group=case,
             engine=engine, role="ours" if engine == "fast" else "reference", samples=taken,
-            rounds=3 if engine == "fast" else 2, warm_up=0, filled=False, shape=SIZE.shape,
+            rounds=2, warm_up=WARM_UP, warm=lambda: encode_detailed(model, others), filled=False,
+            shape=SIZE.shape,
         )  # fmt: skip
     finally:
         with_engine(model, "fast")

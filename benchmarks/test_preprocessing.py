@@ -92,7 +92,7 @@ def test_preprocessing(
         benchmark, lambda: deque(every[engine](items), maxlen=0), section="preprocessing",
         group=f"{len(items):,} images of {SIZE.sides[0]} to {SIZE.sides[1]} pixels a side",
         engine=engine, role=ENGINES[engine],  # type: ignore[arg-type]
-        samples=len(items), rounds=1, warm_up=0, filled=False,
+        samples=len(items), rounds=1, warm_up=0, filled=False, on_cpu=True,
         bar=BAR if ENGINES[engine] == "ours" else None,
         raw_bytes=sum(Path(item["image"]).stat().st_size for item in items),
     )  # fmt: skip

@@ -70,12 +70,7 @@ def ours(model: PlumeForEmbedding, plan: LatentPlan, rows: int) -> Callable[[], 
 
 def static(model: PlumeForEmbedding, plan: LatentPlan, rows: int) -> Callable[[], Any]:
     """Key/value buffers of fixed size as torch.compile wants them; compiled on a GPU."""
-    assert model.latent_moe_transition is not None
-    capacity = -(-(SIZE.prefix + plan.steps + len(plan.suffix_ids)) // 8) * 8
-    rival = StaticCacheRollout(
-        model.config, model.model, model.latent_moe_transition, plan.suffix_ids, plan.steps, rows,
-        capacity, compiled=model.device.type == "cuda",
-    )  # fmt: skip
+    rival = StaticCacheRollout.of(model, plan, rows, SIZE.prefix)
     rival.cache[..., : SIZE.prefix, :].normal_()
     z = states(model, rows)
     return lambda: rival(z, z, SIZE.prefix)

@@ -18,16 +18,29 @@ from benchmarks.loss_memory import extra_bytes
 from benchmarks.machine import peak_memory, reset_peak_memory
 from benchmarks.record import Role, record
 from benchmarks.scale import scale
-from benchmarks.similarity_engines import ENGINES, LOSSES, Corpus, corpus, pairs, recall, step
+from benchmarks.similarity_engines import (
+    ENGINES,
+    LOSSES,
+    Corpus,
+    corpus,
+    on_cpu,
+    pairs,
+    recall,
+    step,
+)
 
 SIZE = scale()
 QUERIES, CANDIDATES, PAIRS = SIZE.search
 WIDTH, K = SIZE.width, 100
 
 
+def host() -> Corpus:
+    return corpus(QUERIES, CANDIDATES, WIDTH)
+
+
 @cache
 def data() -> Corpus:
-    return corpus(QUERIES, CANDIDATES, WIDTH).to(SIZE.device)
+    return host().to(SIZE.device)
 
 
 def role(engine: str) -> Role:
@@ -40,14 +53,13 @@ def role(engine: str) -> Role:
 def test_search(benchmark: Any, engine: str) -> None:
     if engine.startswith("faiss"):
         pytest.importorskip("faiss")
-    search = ENGINES[engine](data(), K)
-    slow = engine.startswith("official")
+    search = ENGINES[engine](host() if on_cpu(engine) else data(), K)
     work = similarity_topk(QUERIES, CANDIDATES, WIDTH, K)
     found = record(
         benchmark, search, section="operation", engine=engine, role=role(engine), samples=QUERIES,
         group=f"top-{K} of {CANDIDATES:,}, {QUERIES} queries, D = {WIDTH}", filled=False,
-        rounds=1 if slow else 5, warm_up=0 if slow else 1,
-        floor_seconds=floor([work]) if engine.endswith("bf16") else None,
+        rounds=3, floor_seconds=floor([work]) if engine.endswith("bf16") else None,
+        on_cpu=on_cpu(engine),
     )  # fmt: skip
     share = recall(found, data())
     if "torch bf16" not in engine:  # it ranks scores that were rounded to bfloat16

@@ -12,7 +12,7 @@ from PIL import Image
 # Plain `pytest` leaves the root, where benchmarks/ is, out of the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import floor, scale
+from benchmarks import floor, record, scale
 from benchmarks.rivals.batched import BatchedTransformers
 from benchmarks.rivals.official_preprocessing import TransformersPreprocessing
 from benchmarks.rivals.packed_adapter import PackedAdapter
@@ -23,6 +23,7 @@ from benchmarks.shaped import (
     text_items,
     video_items,
 )
+from benchmarks.similarity_engines import Corpus, corpus, official, on_cpu
 from ume_kernels import MoETransition
 
 
@@ -67,6 +68,88 @@ def test_a_size_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setenv(scale.VARIABLE, "huge")
     with pytest.raises(ValueError, match=r"huge.*tiny, small, full"):
         scale.scale()
+
+
+class Fixture:
+    """What ``record`` needs of pytest-benchmark's fixture."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, work, rounds, iterations):
+        for _ in range(rounds):
+            work()
+
+
+def recorded(group, engine="e", **options):
+    fixture, calls = Fixture(), []
+    options = {"section": "s", "role": "ours", "filled": False, **options}
+    record.record(fixture, lambda: calls.append("work"), group=group, engine=engine, **options)
+    return fixture.extra_info, calls
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Sizes of a measurement, with work that takes no time."""
+    monkeypatch.setenv(scale.VARIABLE, "small")
+    monkeypatch.setattr(record, "_PLANNED", {})
+
+
+@pytest.mark.usefixtures("small")
+def test_rounds_and_warm_up_are_noted():
+    info, calls = recorded("g", rounds=4, warm_up=0)
+    assert (info["rounds"], info["warm_up"], len(calls)) == (4, 0, 4)
+    assert recorded("h")[0]["rounds"] == scale.scale().rounds
+    others = []
+    _, calls = recorded("i", rounds=2, warm_up=1, warm=lambda: others.append("warm"))
+    assert len(calls) == 2, "the warm-up is of other inputs"
+    assert others
+
+
+def test_a_try_is_of_one_round(monkeypatch):
+    monkeypatch.setenv(scale.VARIABLE, "tiny")
+    monkeypatch.setattr(record, "_PLANNED", {})
+    assert recorded("g", rounds=4)[0]["rounds"] == 1
+    with pytest.raises(ValueError, match="g: other gets 2 rounds"):
+        recorded("g", "other", rounds=2)  # what would be unequal is found in a try
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("unequal", [{"rounds": 1}, {"warm_up": 0}, {"rounds": None}])
+def test_engines_of_a_group_get_the_same_rounds(unequal):
+    recorded("g", rounds=3, warm_up=1)
+    recorded("g", "equal", rounds=3, warm_up=1)
+    recorded("another", rounds=1, warm_up=0)
+    with pytest.raises(ValueError, match=r"g: other gets \d rounds after \d calls, .* 3 after 1"):
+        recorded("g", "other", **{"rounds": 3, "warm_up": 1, **unequal})
+
+
+@pytest.mark.usefixtures("small")
+def test_what_runs_on_the_cpu_gets_no_energy_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(record, "synchronize", lambda device: None)
+    monkeypatch.setattr(record, "describe", dict)
+    monkeypatch.setattr(record, "energy", lambda body, samples: {"energy_joules": 1.0, "nvml": {}})
+    info, _ = recorded("g")
+    assert (info["engine"], info["energy_joules"]) == ("e", 1.0)
+    info, _ = recorded("g", on_cpu=True)
+    assert info["engine"] == "e (CPU)"
+    assert not {"energy_joules", "nvml"} & set(info)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert recorded("g", on_cpu=True)[0]["engine"] == "e", "all of that machine is"
+
+
+def test_the_official_search_in_blocks_finds_the_same():
+    data = corpus(7, 40, 8)
+    whole = official(data, 5)()
+    assert torch.equal(whole, official(data, 5, block=3)())
+    assert torch.equal(whole[:4], official(data.first(4), 5, block=3)())
+    assert torch.equal(whole, (data.q32 @ data.c32.T).topk(5).indices)
+    on_gpu = Corpus(*(x.to("meta") for x in (data.q16, data.c16, data.q32, data.c32)))
+    with pytest.raises(TypeError):
+        official(on_gpu, 5)  # nothing is brought to the host, before or in the time
+    assert on_cpu("official numpy dot + argsort")
+    assert not on_cpu("similarity_topk fp32")
 
 
 def test_floors_are_compared_with_the_shapes_they_are_counted_for():

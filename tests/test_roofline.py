@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import datasheets, limits
+from benchmarks import floor as cpu_floor
 from benchmarks.cost import (
     Adapter,
     Decoder,
@@ -20,15 +22,17 @@ from benchmarks.cost import (
     rollout,
     similarity_topk,
 )
-from benchmarks.roofline import GPUS, MODELS, Gpu, Operation, load, main
+from benchmarks.datasheets import H200, Gpu
+from benchmarks.gpu.figures import Recorder
+from benchmarks.gpu.timing import Timing
+from benchmarks.roofline import MODELS, Operation, load, main
+from benchmarks.scale import VARIABLE
 from ume_kernels import MoETransition
 from ume_kernels.moe_transition.cpu import moe_transition_cpu
 from ume_models.backbone.config import BackboneConfig
 from ume_models.backbone.text import TextModel
 from ume_models.backbone.vision import VisionModel
 from ume_models.errors import CheckpointError
-
-H200 = next(gpu for gpu in GPUS if gpu.name == "H200")
 
 
 def count(module: nn.Module) -> int:
@@ -157,6 +161,59 @@ def test_loss_and_search() -> None:
     # read, read again, two gradients written: the logits twice and two products with them
     assert both == Work(3 * forward.bytes, 4 * product)
     assert similarity_topk(n, m, width, 2) == Work(2 * (n + m) * width + n * 2 * 12, product)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("NVIDIA H200", (989e12, 4.8e12)),
+        ("NVIDIA H100 80GB HBM3", (989e12, 3.35e12)),
+        ("NVIDIA H100 PCIe", (756e12, 2.0e12)),
+        ("NVIDIA H100 NVL", (835e12, 3.9e12)),
+        ("NVIDIA A100-SXM4-80GB", (312e12, 2.039e12)),
+        ("NVIDIA A100 80GB PCIe", (312e12, 1.935e12)),
+        ("NVIDIA A100-SXM4-40GB", (312e12, 1.555e12)),
+        # names that hold the name of another
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_data_sheets_go_by_the_whole_name(
+    name: str,
+    rates: tuple[float, float] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    gpu = datasheets.this_gpu()
+    assert (gpu and (gpu.operations, gpu.bandwidth)) == rates
+    # Both that use them: the limits of pytest's benchmarks, and a session's figures.
+    monkeypatch.setenv(VARIABLE, "small")
+    found = limits.machine.__wrapped__()
+    assert (found and (found.flops, found.bandwidth)) == rates
+    figure = Recorder(tmp_path, "x", dry_run=True).add(
+        "a", Timing(1.0, 1.0, 1.0, 1, None), bytes_read=1e12
+    )
+    assert figure["floor"] == (rates and 1e12 / rates[1])
+
+
+def test_without_a_gpu_there_is_no_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert datasheets.this_gpu() is None
+
+
+def test_the_floor_on_a_cpu_counts_the_same_model() -> None:
+    # Qwen2-VL-2B by hand: 28 layers of q, o (1536²), k, v (1536 × 256) and three of 1536 × 8960;
+    # 32 blocks of 4 × 1280² and 2 × 1280 × 5120, four patches to a visual token
+    text = 28 * (2 * 1536**2 + 2 * 1536 * 256 + 3 * 1536 * 8960)
+    tower = 32 * (4 * 1280**2 + 2 * 1280 * 5120)
+    machine = cpu_floor.Machine(flops=2e9, bandwidth=1e9)
+    got = cpu_floor.floor(load("2b"), machine, prompt=100, cached=20, visual=10, batch=1)
+    passes = 7 * max(text / 1e9, 2 * text / 1e9) + max(6 * text / 1e9, 2 * text / 1e9)
+    assert got == pytest.approx(4 * 10 * tower / 1e9 + 80 * text / 1e9 + passes)
 
 
 def test_floor_adds_up_the_slower_half_of_each_part() -> None:

@@ -12,24 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.datasheets import this_gpu
 from benchmarks.gpu.timing import Timing
 from benchmarks.machine import describe, gpu, versions
 
 LINES = "figures.jsonl"
 RESULTS = "results.json"
-
-DATASHEET_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.039e12}
-"""Bytes per second by a part of the device's name (SXM parts; A100 with 80 GB)."""
-
-
-def datasheet_bandwidth() -> float | None:
-    """What the vendor states for this GPU's memory; None for a GPU not in the table."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name(0)
-    return next((rate for part, rate in DATASHEET_BANDWIDTH.items() if part in name), None)
 
 
 class Recorder:
@@ -66,8 +54,8 @@ class Recorder:
             ratio_to: seconds per call of what it is compared with; the ratio is written.
             detail: whatever else is worth keeping.
         """
-        bandwidth = datasheet_bandwidth()
-        floor = None if bytes_read is None or bandwidth is None else bytes_read / bandwidth
+        gpu = this_gpu()
+        floor = None if bytes_read is None or gpu is None else bytes_read / gpu.bandwidth
         return self._write(
             {
                 "name": name,

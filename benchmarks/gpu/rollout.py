@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from benchmarks.floor import Model
+from benchmarks.cost import Decoder
 from benchmarks.gpu.figures import Recorder
 from benchmarks.gpu.prefilled import Prefilled, plan_of, prefill, prompts
 from benchmarks.gpu.sizes import Sizes
@@ -18,7 +20,7 @@ from ume_models.rollout.latent import LatentPlan
 
 def weight_bytes(model: PlumeForEmbedding, steps: int) -> int:
     """Decoder weights once per pass; K latents and the suffix cost K passes."""
-    return max(steps, 1) * Model.of(model.config).text * model.dtype.itemsize
+    return max(steps, 1) * Decoder(model.config).products * model.dtype.itemsize
 
 
 def cache_bytes(model: PlumeForEmbedding, rows: int, tokens: int, steps: int) -> int:
@@ -105,19 +107,20 @@ def _rival(
     model: PlumeForEmbedding, before: Prefilled, plan: LatentPlan, tokens: int, sizes: Sizes
 ) -> tuple[Timing, Timing]:
     """The compiled rival and, right after it, the engine again, so that both saw one device."""
-    assert model.latent_moe_transition is not None
-    rows = before.states.shape[0]
-    capacity = tokens + plan.steps + len(plan.suffix_ids)
-    rival = StaticCacheRollout(
-        model.config,
-        model.model,
-        model.latent_moe_transition,
-        plan.suffix_ids,
-        plan.steps,
-        rows,
-        -(-capacity // 8) * 8,
-        compiled=sizes.device.type == "cuda",
-    )
+    roll = static_rollout(model, before, plan, tokens)
+    theirs = measure(roll, sizes.device, seconds=sizes.seconds, warm_up=5)
+    return theirs, measure(before.roll, sizes.device, seconds=sizes.seconds)
+
+
+def static_rollout(
+    model: PlumeForEmbedding, before: Prefilled, plan: LatentPlan, tokens: int
+) -> Callable[[], torch.Tensor]:
+    """The static-cache rival after the prefill of rows of ``tokens`` tokens each.
+
+    Raises:
+        RuntimeError: it does not find the states that the engine finds.
+    """
+    rival = StaticCacheRollout.of(model, plan, before.states.shape[0], tokens)
     rival.load(before.cache[:, :, :, :, :tokens])
 
     def roll() -> torch.Tensor:
@@ -126,5 +129,4 @@ def _rival(
     difference = (roll().float() - before.roll().float()).norm() / before.roll().float().norm()
     if not float(difference) < 0.05:
         raise RuntimeError(f"the rival computes something else: relative difference {difference}")
-    theirs = measure(roll, sizes.device, seconds=sizes.seconds, warm_up=5)
-    return theirs, measure(before.roll, sizes.device, seconds=sizes.seconds)
+    return roll

@@ -18,6 +18,8 @@ from benchmarks.rivals.packed_adapter import PackedAdapter
 from ume_kernels import MoETransition
 from ume_models.backbone.config import BackboneConfig
 from ume_models.backbone.text import TextModel
+from ume_models.embedders.plume import PlumeForEmbedding
+from ume_models.rollout.latent import LatentPlan
 
 MODE = "reduce-overhead"
 
@@ -73,6 +75,18 @@ class StaticCacheRollout(nn.Module):
         options: dict[str, Any] = {"mode": MODE, "fullgraph": True, "dynamic": False}
         self._step = torch.compile(self.step, **options) if compiled else self.step
         self._last = torch.compile(self.last, **options) if compiled else self.last
+
+    @classmethod
+    def of(
+        cls, model: PlumeForEmbedding, plan: LatentPlan, rows: int, prefix: int
+    ) -> StaticCacheRollout:
+        """For a model's rows of ``prefix`` tokens; compiled on a GPU."""
+        assert model.latent_moe_transition is not None
+        capacity = -(-(prefix + plan.steps + len(plan.suffix_ids)) // 8) * 8
+        return cls(
+            model.config, model.model, model.latent_moe_transition, plan.suffix_ids, plan.steps,
+            rows, capacity, compiled=model.device.type == "cuda",
+        )  # fmt: skip
 
     def load(self, cache: torch.Tensor, pads: torch.Tensor | None = None) -> None:
         """Take over the prefill's keys and values ``[layers, 2, B, Hkv, C', dh]``, C' ≤ C.

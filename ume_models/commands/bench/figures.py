@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Role = Literal["ours", "reference", "rival"]
+Role = Literal["ours", "reference", "rival", "ablation"]
 
-ROLES: tuple[Role, ...] = ("ours", "reference", "rival")
+ROLES: tuple[Role, ...] = ("ours", "reference", "rival", "ablation")
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,12 @@ class Figure:
         section: kind of benchmark, such as ``"rollout"``; one table each.
         group: the case; engines of one group are compared.
         engine: what ran.
-        role: this package, the reference path, or what else there is.
-        seconds: best round, per call.
-        median: median round, per call.
+        role: this package, the reference path, what else there is, or this package without one
+            of its parts: an ablation is shown, but is never the best rival.
+        seconds: best round, per call; of a GPU session, the median.
+        median: median round, per call; None where it was not noted.
         samples: inputs per call.
+        rounds: how many there were; None where it was not noted.
         batch: rows that went through together, for plots over it.
         latent_steps: K, for plots over it.
         floor: seconds per call below which this machine cannot go, None where not counted.
@@ -36,8 +38,9 @@ class Figure:
     engine: str
     role: Role
     seconds: float
-    median: float
+    median: float | None = None
     samples: int = 1
+    rounds: int | None = None
     batch: int | None = None
     latent_steps: int | None = None
     floor: float | None = None
@@ -94,7 +97,7 @@ class Results:
 
 
 def groups(figures: Sequence[Figure]) -> dict[str, list[Figure]]:
-    """Figures by group, in order of first appearance; ours first, then reference and rivals."""
+    """Figures by group, in order of first appearance; in the order of ``ROLES``."""
     found: dict[str, list[Figure]] = {}
     for figure in figures:
         found.setdefault(figure.group, []).append(figure)

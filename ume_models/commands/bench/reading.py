@@ -68,7 +68,7 @@ def _pytest(name: str, content: Mapping[str, Any]) -> Results:
                 "name": entry["name"],
                 "group": entry["group"],
                 "extra_info": entry["extra_info"],
-                "stats": {key: entry["stats"][key] for key in _STATS},
+                "stats": {key: entry["stats"][key] for key in _STATS if key in entry["stats"]},
             }
             for entry in entries
         ],
@@ -87,9 +87,9 @@ def _figure(entry: Mapping[str, Any]) -> Figure:
     calls = info.get("calls", 1)
     seconds, median = stats["min"] / calls, stats["median"] / calls
     # What a process of its own said, without what does not count; the stats are the whole of it.
-    for own in ("encode_seconds", "counted_seconds"):
-        if own in info:
-            seconds = median = info[own]
+    for own in ("encode", "counted"):
+        if f"{own}_seconds" in info:
+            seconds, median = info[f"{own}_seconds"], info.get(f"{own}_median")
     return Figure(
         section=section,
         group=entry["group"] or entry["name"],
@@ -98,6 +98,7 @@ def _figure(entry: Mapping[str, Any]) -> Figure:
         seconds=seconds,
         median=median,
         samples=info.get("samples", 1),
+        rounds=info.get("rounds", stats.get("rounds")),
         batch=info.get("batch"),
         latent_steps=info.get("latent_steps"),
         floor=info.get("floor_seconds"),
@@ -127,6 +128,7 @@ def _session(name: str, content: Mapping[str, Any]) -> Results:
             seconds=figure["value"],
             median=figure["value"],
             samples=figure.get("samples", 1),
+            rounds=figure.get("rounds"),
             floor=figure["floor"],
             details=figure,
         )
@@ -151,8 +153,8 @@ def _scripts(name: str, content: Sequence[Mapping[str, Any]]) -> Results:
             engine=engine,
             role=_old_role(engine),
             seconds=seconds * run["samples"],
-            median=seconds * run["samples"],
             samples=run["samples"],
+            rounds=run.get("rounds"),
             details=run,
         )
         for run in content

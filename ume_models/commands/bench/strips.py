@@ -11,6 +11,7 @@ from ume_models.commands.bench.style import COLOURS, FAINT, INK, MARKERS, NAMES,
 from ume_models.commands.bench.style import logarithmic as logarithmic_axis
 
 _OTHERS: tuple[Role, ...] = ("reference", "rival")
+_BEST = {"reference": "than the reference path", "rival": "than the best rival"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def speed_up_plot(rows: Sequence[SpeedUp]) -> Any:
         if marks:
             area.scatter(
                 [value for value, _ in marks], [at for _, at in marks], s=32, zorder=3,
-                color=COLOURS[role], marker=MARKERS[role], label=f"than the {NAMES[role]}",
+                color=COLOURS[role], marker=MARKERS[role], label=_BEST[role],
             )  # fmt: skip
     area.axvline(1, color=INK, linewidth=1)
     area.set_xscale("log")
@@ -96,7 +97,7 @@ def roofline_plot(figures: Sequence[Figure]) -> Any:
             area.scatter(
                 value, number, s=30, color=COLOURS[other.role], marker=MARKERS[other.role],
                 edgecolor="white", linewidth=0.6, zorder=3,
-                label="reference path" if other.role == "reference" else "rivals",
+                label=NAMES[other.role],
             )  # fmt: skip
         area.text(
             1.01, number, f"{share:.0f} %", transform=area.get_yaxis_transform(), va="center",

@@ -6,10 +6,13 @@ from typing import Any
 
 from ume_models.commands.bench.figures import Role
 
-COLOURS: dict[Role, str] = {"ours": "#1f5fbf", "reference": "#6b7280", "rival": "#d97706"}
-MARKERS: dict[Role, str] = {"ours": "o", "reference": "s", "rival": "^"}
+COLOURS: dict[Role, str] = {
+    "ours": "#1f5fbf", "reference": "#6b7280", "rival": "#d97706", "ablation": "#7e57c2",
+}  # fmt: skip
+MARKERS: dict[Role, str] = {"ours": "o", "reference": "s", "rival": "^", "ablation": "D"}
 NAMES: dict[Role, str] = {
-    "ours": "this package", "reference": "reference path", "rival": "best rival",
+    "ours": "this package", "reference": "reference path", "rival": "rivals",
+    "ablation": "this package without a part",
 }  # fmt: skip
 INK, FAINT = "#374151", "#d1d5db"
 

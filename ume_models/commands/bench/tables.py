@@ -113,17 +113,28 @@ _OPTIONAL: tuple[tuple[str, Callable[[Figure], str | None]], ...] = (
 
 
 def section_table(section: str, figures: Sequence[Figure]) -> Table:
-    """Every engine of every group: time, throughput, how many times slower than ours, extras."""
+    """Every engine of every group: times, throughput, how many times slower than ours, extras.
+
+    Throughput and ratios are those of the best rounds.
+    """
     extras = [(title, cell) for title, cell in _OPTIONAL if any(cell(figure) for figure in figures)]
     many = any(figure.samples != 1 for figure in figures)
-    columns = ["case", "engine", "time", *["samples", "per sample", "samples/s"] * many]
+    columns = ["case", "engine", "best round", "median", "rounds"]
+    columns += ["samples", "per sample", "samples/s"] * many
     columns += ["ours is faster by", *(title for title, _ in extras)]
     rows: list[tuple[str, ...]] = []
     strong: set[int] = set()
     for name, members in groups(figures).items():
         ours = [figure for figure in members if figure.role == "ours"]
         for number, figure in enumerate(members):
-            cells = [name if number == 0 else "", figure.engine, duration(figure.seconds)]
+            engine = figure.engine + " (ablation)" * (figure.role == "ablation")
+            cells = [
+                name if number == 0 else "",
+                engine,
+                duration(figure.seconds),
+                "–" if figure.median is None else duration(figure.median),
+                "–" if figure.rounds is None else str(figure.rounds),
+            ]
             if many:
                 rate = f"{figure.rate:,.3g}" if figure.rate < 1000 else f"{figure.rate:,.0f}"
                 cells += [f"{figure.samples:,}", duration(figure.per_sample), rate]
@@ -176,19 +187,22 @@ def session_table(session: Mapping[str, Any]) -> Table:
         now = f"{state.get('sm_mhz', 0):.0f} MHz, {state.get('power_w', 0):.0f} W" if state else "–"
         if figure["unit"] != "s":
             value = f"{figure['value'] / 1e12:.3g} T{figure['unit']}"
-            rows.append((figure["name"], value, "–", "–", "–", now))
+            rows.append((figure["name"], value, "–", "–", "–", now, "–"))
             continue
         floor, share = "–", "–"
         if figure["floor"] is not None:
             floor, share = duration(figure["floor"]), f"{figure['of_floor']:.0%}"
         ratios = "; ".join(f"{r:.1f}× {name}" for name, r in figure["ratio_to"].items())
-        rows.append((figure["name"], duration(figure["value"]), floor, share, ratios or "–", now))
+        rows.append(
+            (figure["name"], duration(figure["value"]), floor, share, ratios or "–", now,
+             str(figure.get("rounds", "–")))
+        )  # fmt: skip
     missed = [figure for figure in session["figures"] if "missed" in figure]
     note = "Seconds per call, median; floor: bytes that must be read at the data sheet's bandwidth."
     if missed:
         listed = "; ".join(f"{figure['name']} ({figure['missed'][:80]})" for figure in missed)
         note += f" Not measured: {listed}."
-    columns = ("measured", "time", "floor", "of the floor", "ratio", "SM clock, power")
+    columns = ("measured", "time", "floor", "of the floor", "ratio", "SM clock, power", "rounds")
     return Table("GPU session", columns, tuple(rows), note=note)
 
 
@@ -213,7 +227,8 @@ def origin(results: Results) -> str:
     if machine.get("native_isa"):
         parts.append(str(machine["native_isa"]))
     parts += [f"{name} {value}" for name, value in results.versions.items() if value]
-    return f"Best round; {', '.join(parts)}, {results.date[:10]}."
+    statistic = "Best round" if results.session is None else "Median round"
+    return f"{statistic}; {', '.join(parts)}, {results.date[:10]}."
 
 
 def markdown(table: Table) -> str:
