@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ume_models.errors import StoreError
-from ume_models.store import EmbeddingStore, Manifest, Record, Shard, Skipped
+from ume_models.store import (
+    LOCK_FILE,
+    EmbeddingStore,
+    Manifest,
+    Record,
+    Shard,
+    Skipped,
+    lock_folder,
+    unlock_folder,
+)
 
 MANIFEST = Manifest(
     package_version="1.2.3",
@@ -31,6 +41,8 @@ MANIFEST = Manifest(
     shard_size=3,
     media_folders=("../data", "/data"),
 )
+
+needs_locks = pytest.mark.skipif(sys.platform == "win32", reason="no advisory locks")
 
 
 def shard_of(store: EmbeddingStore, number: int, skip: frozenset[int] = frozenset()) -> Shard:
@@ -284,8 +296,11 @@ def test_a_damaged_shard_is_found_and_made_again(tmp_path: Path, damage: object)
 def test_leftovers_of_an_interrupted_write_are_removed(tmp_path: Path) -> None:
     fill(tmp_path)
     good = contents(tmp_path)
-    (tmp_path / ".shard-00001-of-00003.safetensors.partial").write_bytes(b"half")
-    (tmp_path / ".manifest.json.partial").write_bytes(b"half")
+    for name in ("shard-00001-of-00003.safetensors", "manifest.json"):
+        (tmp_path / f".{name}.0123456789abcdef.partial").write_bytes(b"half")
+    half = contents(tmp_path)
+    EmbeddingStore.attach(tmp_path)  # beside others, whose writes go on
+    assert contents(tmp_path) == half
     with EmbeddingStore.begin(tmp_path, MANIFEST):
         pass
     assert contents(tmp_path) == good
@@ -351,16 +366,17 @@ def test_places_that_are_no_store(tmp_path: Path) -> None:
         EmbeddingStore.begin(tmp_path, MANIFEST)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no advisory locks on folders")
+@needs_locks
 def test_only_one_process_writes(tmp_path: Path) -> None:
     code = (
-        "import fcntl, os, sys\n"
-        "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)\n"
+        "import fcntl, sys\n"
+        "lock = open(sys.argv[1], 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
         "print('held', flush=True)\n"
         "sys.stdin.read()\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
+        [sys.executable, "-c", code, str(tmp_path / LOCK_FILE)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as other:
@@ -369,8 +385,80 @@ def test_only_one_process_writes(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="another process"):
             EmbeddingStore.begin(tmp_path, MANIFEST)
         other.kill()
+    assert (tmp_path / LOCK_FILE).exists()  # what the killed one left is no obstacle
     fill(tmp_path)
     assert EmbeddingStore.open(tmp_path).pending() == []
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+@needs_locks
+def test_who_holds_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).write_text("process 4000000000 on host elsewhere, which has died\n")
+    lock = lock_folder(tmp_path)
+    holder = rf"another process .*\(process {os.getpid()} on host {os.uname().nodename}\)"
+    with pytest.raises(StoreError, match=holder):
+        lock_folder(tmp_path)
+    unlock_folder(tmp_path, lock)
+    unlock_folder(tmp_path, lock_folder(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@needs_locks
+def test_a_lock_on_a_file_that_was_just_removed_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    real = fcntl.flock
+
+    def removed_first(lock: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        (tmp_path / LOCK_FILE).unlink()
+        real(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    first = lock_folder(tmp_path)
+    with pytest.raises(StoreError, match="another process"):
+        lock_folder(tmp_path)
+    (tmp_path / LOCK_FILE).unlink()  # by a user
+    second = lock_folder(tmp_path)
+    unlock_folder(tmp_path, first)
+    with pytest.raises(StoreError, match="another process"):
+        lock_folder(tmp_path)
+    unlock_folder(tmp_path, second)
+
+
+@needs_locks
+def test_without_locks_the_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def none(lock: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.warns(UserWarning, match="No locks available"):
+        fill(tmp_path)
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+@needs_locks
+def test_a_finished_store_that_cannot_be_written_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    real = os.open
+
+    def read_only(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(OSError, match=r"Read-only.*\.ume-lock"):
+        EmbeddingStore.begin(tmp_path, MANIFEST)  # the folder can be written, the lock cannot
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with EmbeddingStore.begin(tmp_path, MANIFEST) as store:
+        assert store.pending() == []
 
 
 def test_media_are_found_where_store_and_media_moved_together(tmp_path: Path) -> None:

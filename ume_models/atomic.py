@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _TEMPORARY = ".partial"
+_TOKEN_BYTES = 8
+_ANY_TOKEN = "[0-9a-f]" * (2 * _TOKEN_BYTES)
+_ABANDONED_SECONDS = 3600.0  # since the last byte: nobody writes it any more
 
 
 @contextmanager
@@ -17,11 +23,16 @@ def replacing(path: Path) -> Iterator[Path]:
     A reader sees the old file or the new one, never half of it. The bytes are flushed to the disk
     before the name changes in one step; the folder is flushed last, so a following write cannot
     overtake it. When the block raises, ``path`` is unchanged and the temporary file is gone.
+    Several processes, of several hosts too, may do so at once: the last one's file stays, whole.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; ``path`` is named.
     """
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
+    for old in _temporaries(path.parent, glob.escape(path.name)):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
+                old.unlink()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN_BYTES)}{_TEMPORARY}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -47,9 +58,16 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def remove_leftovers(folder: Path, prefix: str) -> None:
-    """Delete the temporary files of interrupted writes of files whose name begins so."""
-    for leftover in folder.glob(f".{prefix}*{_TEMPORARY}"):
+    """Delete the temporary files of interrupted writes of files whose name begins so.
+
+    A write that goes on fails by it: call this only where no other process writes such files.
+    """
+    for leftover in _temporaries(folder, f"{glob.escape(prefix)}*"):
         leftover.unlink(missing_ok=True)
+
+
+def _temporaries(folder: Path, name: str) -> Iterator[Path]:
+    return folder.glob(f".{name}.{_ANY_TOKEN}{_TEMPORARY}")
 
 
 def _flush_folder(folder: Path) -> None:

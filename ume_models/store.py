@@ -12,11 +12,15 @@ its tensor file is there, complete, and names the digest of the JSON beside it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import socket
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +35,7 @@ from ume_models.errors import StoreError
 
 FORMAT = "ume-embeddings"
 FORMAT_VERSION = 1
+LOCK_FILE = ".ume-lock"
 _MANIFEST = "manifest.json"
 _EMBEDDING_BYTES, _ROW_BYTES = 4, 8  # float32, int64
 _SHARD_NAME = re.compile(r"shard-\d{5,}-of-\d{5,}\.(safetensors|json)")
@@ -367,9 +372,8 @@ class EmbeddingStore:
 
     def close(self) -> None:
         """Let other processes write to the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        unlock_folder(self.directory, self._lock)
+        self._lock = None
 
     def __enter__(self) -> EmbeddingStore:
         return self
@@ -492,20 +496,76 @@ def _json_bytes(value: Any) -> bytes:
 def lock_folder(directory: Path) -> int | None:
     """Hold the folder for this process; released by the system when it ends, however it ends.
 
+    A file in it is locked and says who holds it: on NFS, locks of folders do not reach other hosts.
+    A process that is killed leaves the file behind, which is no obstacle to the next one.
+
+    Returns:
+        What ``unlock_folder`` takes; None where nothing can be locked: on Windows, in a folder that
+        cannot be written, and, with a warning, on a file system without locks.
+
     Raises:
         StoreError: another process holds it.
+        OSError: the folder can be written, but not this file in it.
     """
     try:
         import fcntl
     except ImportError:  # Windows: two writers are the user's own care there
         return None
-    descriptor = os.open(directory, os.O_RDONLY)
+    path = directory / LOCK_FILE
+    while True:
+        try:
+            # O_SYNC: other hosts, too, can read at once who it is.
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_SYNC, 0o666)
+        except OSError:
+            if os.access(directory, os.W_OK):
+                raise
+            return None  # nobody can write there; whoever tries is told by the first file
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 1024, 0).decode(errors="replace")
+            os.close(lock)
+            raise StoreError(
+                f"another process is writing to {directory} ({holder.strip()}): wait for it"
+            ) from None
+        except OSError as error:
+            os.close(lock)
+            if error.errno == errno.ESTALE:  # removed on another host
+                continue
+            path.unlink(missing_ok=True)
+            warnings.warn(
+                f"files cannot be locked in {directory} ({error.strerror}): make sure that no "
+                "other process writes there",
+                stacklevel=2,
+            )
+            return None
+        if _is_at(path, lock):
+            break
+        os.close(lock)  # its holder removed it in between, and the next one makes another file
+    with suppress(OSError):  # a full disk: the name is only for the reader of a message
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
+    return lock
+
+
+def unlock_folder(directory: Path, lock: int | None) -> None:
+    """Let other processes have the folder; ``lock`` is what ``lock_folder`` returned."""
+    if lock is None:
+        return
+    path = directory / LOCK_FILE
+    with suppress(OSError):  # a file that stays is no obstacle
+        if _is_at(path, lock):
+            path.unlink()  # while it is held: nobody else can hold a file of this name
+    os.close(lock)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is the one that has this name now."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StoreError(f"another process is writing to {directory}: wait for it") from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
+        named = os.open(path, os.O_RDONLY)  # unlike stat, asks the server of a network file system
+    except FileNotFoundError:
+        return False
+    try:
+        return os.path.samestat(os.fstat(named), os.fstat(descriptor))
+    finally:
+        os.close(named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ import pytest
 from torch.distributed import HashStore, TCPStore
 
 from ume_models.errors import UmeError
-from ume_models.mmeb.team import LoneTeam, TeamError, TorchTeam, gather
+from ume_models.mmeb import benchmark, evaluate, select_tasks, team
+from ume_models.mmeb.team import LoneTeam, TeamError, TorchTeam, gather, local_device
 
 
 @pytest.fixture
@@ -55,6 +57,182 @@ def test_a_failure_is_told_with_its_reason(members):
     members[1].fail("because of the first")
     with pytest.raises(TeamError, match=r"rank 2 \(host .*\) gave up: the disk is full"):
         members[0].check()
+
+
+def begin(members) -> None:
+    for member in members:
+        member.begin()
+
+
+def test_each_evaluation_is_a_round_of_its_own(members):
+    for number in range(3):
+        begin(members)
+        members[0].announce({"round": number})
+        assert [member.orders() for member in members[1:]] == [{"round": number}] * 2
+        assert [*members[number].take(4)] == [0, 1, 2, 3]
+        assert [*members[2 - number].take(4)] == []
+        assert members[1].tally("items", 5) == 5
+        for member in reversed(members):
+            member.finish()
+    alone = LoneTeam()
+    alone.tally("items", 5)
+    alone.begin()
+    assert alone.tally("items") == 0
+
+
+def test_a_failure_ends_its_round_and_not_the_next(members):
+    begin(members)
+    members[0].fail("no such folder")  # before it announced anything
+    for member in members[1:]:
+        with pytest.raises(TeamError, match=r"rank 0 .* gave up: no such folder"):
+            member.orders()
+    begin(members)
+    members[0].announce({"work": []})
+    assert members[1].orders() == {"work": []}
+    members[2].finish()  # has done its part before the leader fails
+    members[0].fail("the disk is full")
+    begin(members)
+    members[0].announce({"work": [1]})
+    assert members[2].orders() == {"work": [1]}
+    time.sleep(1.1)  # until the next look
+    for member in members:
+        member.check()
+
+
+def test_one_team_evaluates_twice(model, miniature, tmp_path):
+    both = TorchTeam(HashStore(), 0, 1)
+    for name in ("HMDB51", "MSR-VTT"):
+        chosen = select_tasks(benchmark("MMEB-v2"), names=[name])
+        summary = evaluate(model, chosen, miniature, tmp_path / name, team=both)
+        assert [score.task for score in summary.tasks] == [name]
+    both.close()
+
+
+def test_a_process_may_gather_again(monkeypatch):
+    met = []
+
+    def rendezvous(url, rank, size, timeout):
+        met.append(rank)
+        yield HashStore(), rank, size
+
+    monkeypatch.setattr("torch.distributed.rendezvous", rendezvous)
+    monkeypatch.setattr(team, "_meetings", {})
+    monkeypatch.setattr(team, "_FAREWELL_SECONDS", 0.0)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    first, second = gather(), gather()
+    first.announce({"work": [1]})
+    first.fail("gone wrong")
+    second.announce({"work": [2]})
+    assert second.orders() == {"work": [2]}
+    second.check()
+    assert met == [0]  # the leader's port is taken by its first store
+    monkeypatch.setenv("MASTER_PORT", "2")
+    third = gather()
+    assert met == [0, 0]
+    for member in (first, second, third):
+        member.close()
+
+
+TEAMS = """
+from ume_models.mmeb.team import gather
+taken = []
+for number in range(2):
+    team = gather()
+    for evaluation in range(2):
+        team.begin()
+        if team.leads:
+            team.announce({"of": [number, evaluation]})
+        assert team.orders() == {"of": [number, evaluation]}
+        taken.append(len([*team.take(5)]))
+        team.finish()
+    team.close()
+print(*taken)
+"""
+
+
+def test_real_processes_gather_and_evaluate_again():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    members = [
+        subprocess.Popen(
+            [sys.executable, "-c", TEAMS],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        taken = [map(int, member.communicate(timeout=120)[0].split()) for member in members]
+    finally:
+        for member in members:
+            member.kill()
+    assert [sum(pair) for pair in zip(*taken, strict=True)] == [5] * 4
+
+
+LAUNCHERS = {
+    "torchrun": ({"RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 1, 2),
+    "srun": ({"RANK": "3", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, 1, 4),
+    "mpirun": (
+        {
+            "RANK": "3",
+            "OMPI_COMM_WORLD_RANK": "3",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        },
+        1,
+        2,
+    ),
+    "mpiexec": (
+        {"RANK": "3", "PMI_RANK": "3", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+        1,
+        2,
+    ),
+    # a script of a batch system that starts the processes itself: they inherit its variables
+    "by hand": ({"RANK": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, 3, 4),
+    "nothing told": ({"RANK": "3"}, 3, 4),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_processes_of_a_host_take_different_gpus(monkeypatch, launcher):
+    variables, rank, size = LAUNCHERS[launcher]
+    for told, _, _ in LAUNCHERS.values():
+        for name in told:
+            monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    store = HashStore()
+    made = [TorchTeam(store, number, 4) for number in range(4)]
+    assert (made[3].local_rank(), made[3].local_size()) == (rank, size)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert local_device("cuda", made[3]) == local_device("auto", made[3]) == f"cuda:{rank}"
+    assert local_device("cuda:5", made[3]) == "cuda:5"
+    assert local_device("cpu", made[3]) == "cpu"
+    assert local_device("cuda", LoneTeam()) == local_device("cuda") == "cuda"
+    for member in made:
+        member.close()
+
+
+def test_only_processes_of_this_host_count(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    store, hosts = HashStore(), iter("abab")
+    monkeypatch.setattr(team.socket, "gethostname", lambda: next(hosts))
+    made = [TorchTeam(store, number, 4) for number in range(4)]
+    assert [member.local_rank() for member in made] == [0, 0, 1, 1]
+    assert [member.local_size() for member in made] == [2, 2, 2, 2]
+    for member in made:
+        member.close()
 
 
 def test_a_silent_process_is_dead(members):

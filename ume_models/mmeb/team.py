@@ -3,16 +3,18 @@
 Launched by ``torchrun`` (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT), the
 processes share the output folder and a key-value store of torch; no tensor travels between them.
 Shards are taken from one counter, so a fast process takes more of them and none is computed twice.
+A team may evaluate several times: each evaluation is a round with keys of its own in the store.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ume_models.errors import UmeError
@@ -21,6 +23,20 @@ _BEAT_SECONDS = 1.0
 _SILENCE_SECONDS = 60.0  # a host that swaps or compiles may be late; a dead one stays silent
 _POLL_SECONDS = 0.2
 _FAREWELL_SECONDS = 5.0
+# The number of a process on its host, as launchers tell it, and its number among all.
+_LOCAL_RANKS = (
+    ("LOCAL_RANK", "RANK"),
+    ("SLURM_LOCALID", "SLURM_PROCID"),
+    ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK"),
+    ("MPI_LOCALRANKID", "PMI_RANK"),
+)
+_LOCAL_SIZES = (
+    ("LOCAL_WORLD_SIZE", "RANK"),
+    ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("MPI_LOCALNRANKS", "PMI_RANK"),
+)
+# Stores of this process by meeting place, and how many teams met there: rank 0 cannot listen twice.
+_meetings: dict[tuple[str | int | None, ...], tuple[Any, Iterator[int]]] = {}
 
 
 class TeamError(UmeError):
@@ -43,8 +59,22 @@ class Team:
         """Whether this process plans and scores."""
         return self.rank == 0
 
+    def begin(self) -> None:
+        """Begin an evaluation, which knows nothing of what the team did in earlier ones.
+
+        Every process calls it equally often, before it does anything else for the evaluation.
+        """
+
+    def local_rank(self) -> int:
+        """Number of this process among those of its host; may wait for them to come."""
+        return 0
+
+    def local_size(self) -> int:
+        """How many processes of the team this host has; may wait for all to come."""
+        return 1
+
     def announce(self, value: Mapping[str, Any]) -> None:
-        """Tell the others what to do (the leader, once)."""
+        """Tell the others what to do (the leader, once per evaluation)."""
 
     def orders(self) -> Any:
         """What the leader announced; waits for it."""
@@ -81,6 +111,9 @@ class LoneTeam(Team):
     def __init__(self) -> None:
         self._tallies: dict[str, int] = {}
 
+    def begin(self) -> None:
+        self._tallies.clear()
+
     def tally(self, name: str, amount: int = 0) -> int:
         self._tallies[name] = self._tallies.get(name, 0) + amount
         return self._tallies[name]
@@ -106,6 +139,7 @@ class TorchTeam(Team):
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._checked = 0.0
         self._leader = "rank 0"
+        self._round = 0
         self._failed = False
         self._over = threading.Event()
         self._say(f"who/{rank}", {"host": self._host, "pid": os.getpid()})
@@ -113,14 +147,26 @@ class TorchTeam(Team):
         self._heart = threading.Thread(target=self._beat, name="ume-team", daemon=True)
         self._heart.start()
 
+    def begin(self) -> None:
+        self._round += 1
+        self._failed = False
+
+    def local_rank(self) -> int:
+        told = self._told_by_launcher(_LOCAL_RANKS)
+        return self._on_this_host(range(self.rank)) if told is None else told
+
+    def local_size(self) -> int:
+        told = self._told_by_launcher(_LOCAL_SIZES)
+        return self._on_this_host(range(self.size)) if told is None else told
+
     def announce(self, value: Mapping[str, Any]) -> None:
-        self._say("orders", value)
+        self._say(self._key("orders"), value)
 
     def orders(self) -> Any:
-        while not self._has("orders"):
+        while not self._has(self._key("orders")):
             self._pause()
         self._remember_leader()
-        return json.loads(self._store.get("orders"))
+        return json.loads(self._store.get(self._key("orders")))
 
     def take(self, count: int) -> Iterator[int]:
         while True:
@@ -132,16 +178,16 @@ class TorchTeam(Team):
 
     def tally(self, name: str, amount: int = 0) -> int:
         try:
-            return int(self._store.add(name, amount))
+            return int(self._store.add(self._key(name), amount))
         except RuntimeError:
             raise self._leader_lost() from None
 
     def finish(self) -> None:
         try:
-            self._store.set(f"done/{self.rank}", "1")
+            self._store.set(self._key(f"done/{self.rank}"), "1")
         except RuntimeError:
             raise self._leader_lost() from None
-        while self.leads and not all(self._has(f"done/{rank}") for rank in range(self.size)):
+        while self.leads and not all(map(self._is_done, range(self.size))):
             self._pause()
 
     def fail(self, reason: str) -> None:
@@ -170,11 +216,11 @@ class TorchTeam(Team):
         if now - self._checked < _BEAT_SECONDS:
             return
         self._checked = now
-        if self._has("failed"):
+        if self._has(self._key("failed")):
             self._failed = True
-            raise TeamError(self._store.get("failed").decode())
+            raise TeamError(self._store.get(self._key("failed")).decode())
         for rank in self._others():
-            if not self._has(f"done/{rank}") and self._is_dead(rank, now):
+            if not self._is_done(rank) and self._is_dead(rank, now):
                 reason = (
                     f"{self._name(rank)} has died. Finished shards are kept: start the same "
                     "command again, without --overwrite, to go on."
@@ -182,13 +228,36 @@ class TorchTeam(Team):
                 self._tell(reason)
                 raise TeamError(reason)
 
+    def _key(self, name: str) -> str:
+        return f"round/{self._round}/{name}"
+
+    def _is_done(self, rank: int) -> bool:
+        return self._has(self._key(f"done/{rank}"))
+
+    def _told_by_launcher(self, variables: Iterable[tuple[str, str]]) -> int | None:
+        for name, number_among_all in variables:
+            # What a batch script starts inherits the script's own variables: they tell another
+            # process's number.
+            mine = os.environ.get(number_among_all) == str(self.rank)
+            if mine and os.environ.get(name, "").isdigit():
+                return int(os.environ[name])
+        return None
+
+    def _on_this_host(self, ranks: Iterable[int]) -> int:
+        count = 0
+        for rank in ranks:
+            while not self._has(f"who/{rank}"):
+                self._pause()
+            count += self._who(rank)["host"] == self._host
+        return count
+
     def _others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 
     def _has_left(self, rank: int) -> bool:
         return (
             self._has(f"left/{rank}")
-            or self._has(f"done/{rank}")
+            or self._is_done(rank)
             or self._is_dead(rank, time.monotonic())
         )
 
@@ -196,8 +265,8 @@ class TorchTeam(Team):
         """Let the others end with this reason, if they have none yet."""
         self._failed = True
         try:
-            if not self._store.check(["failed"]):
-                self._store.set("failed", reason)
+            if not self._store.check([self._key("failed")]):
+                self._store.set(self._key("failed"), reason)
         except RuntimeError:
             pass  # the leader has gone before: it told why itself
 
@@ -206,7 +275,7 @@ class TorchTeam(Team):
         gone = [
             self._name(rank)
             for rank in self._others()
-            if not self._has(f"done/{rank}") and self._pid_is_gone(rank)
+            if not self._is_done(rank) and self._pid_is_gone(rank)
         ]
         return ", ".join(gone)
 
@@ -227,14 +296,17 @@ class TorchTeam(Team):
     def _pid_is_gone(self, rank: int) -> bool:
         if not self._has(f"who/{rank}"):
             return False
-        who = json.loads(self._store.get(f"who/{rank}"))
+        who = self._who(rank)
         return who["host"] == self._host and not _runs(who["pid"])
 
     def _name(self, rank: int) -> str:
         if not self._has(f"who/{rank}"):
             return f"rank {rank}"
-        who = json.loads(self._store.get(f"who/{rank}"))
+        who = self._who(rank)
         return f"rank {rank} (host {who['host']}, process {who['pid']})"
+
+    def _who(self, rank: int) -> Any:
+        return json.loads(self._store.get(f"who/{rank}"))
 
     def _say(self, name: str, value: Mapping[str, Any]) -> None:
         self._store.set(name, json.dumps(value))
@@ -274,6 +346,8 @@ class TorchTeam(Team):
 def gather() -> Team:
     """The team that the environment describes: this process alone, or what a launcher started.
 
+    Each call makes a new team; every process calls it equally often.
+
     Raises:
         UmeError: the variables of the launcher are incomplete or the processes do not meet.
     """
@@ -281,9 +355,19 @@ def gather() -> Team:
     if size <= 1:
         return LoneTeam()
     rank = _number("RANK", None)
+    from torch.distributed import PrefixStore
+
+    place = (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"), rank, size)
+    if place not in _meetings:
+        _meetings[place] = _meet(rank, size), itertools.count()
+    store, teams = _meetings[place]
+    return TorchTeam(PrefixStore(f"ume_eval/{next(teams)}", store), rank, size)
+
+
+def _meet(rank: int, size: int) -> Any:
     from datetime import timedelta
 
-    from torch.distributed import PrefixStore, rendezvous
+    from torch.distributed import rendezvous
 
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(minutes=5)))
@@ -292,16 +376,26 @@ def gather() -> Team:
             f"the processes do not meet ({error}); start them with torchrun, which sets RANK, "
             "WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         ) from None
-    return TorchTeam(PrefixStore("ume_eval", store), rank, size)
+    return store
 
 
-def local_device(device: str) -> str:
-    """The device of this process: on a host with several processes, each takes its own GPU."""
+def local_device(device: str, team: Team | None = None) -> str:
+    """The device of this process: on a host with several processes, each takes its own GPU.
+
+    Args:
+        device: as the user gave it; a certain GPU is taken as it is.
+        team: the processes; None for one alone.
+
+    Raises:
+        TeamError: another process has failed or died.
+    """
     import torch
 
-    if _number("WORLD_SIZE", 1) > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
-    return device
+    if team is None or team.size == 1 or device not in ("auto", "cuda"):
+        return device
+    if not torch.cuda.is_available():
+        return device
+    return f"cuda:{team.local_rank() % torch.cuda.device_count()}"
 
 
 def _number(variable: str, default: int | None) -> int:
