@@ -14,8 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ume_models.cli import app
+from ume_models.commands.evaluate import _share_of_cores
 from ume_models.mmeb.embeddings import task_embeddings
 from ume_models.mmeb.miniature import write_miniature
+from ume_models.mmeb.team import LoneTeam
 
 TASKS = "CIRR,ActivityNetQA,ViDoSeek-page"
 
@@ -131,6 +133,20 @@ def test_wrong_use_is_told(tmp_path, monkeypatch, arguments, code, said) -> None
     result = ume(*arguments)
     assert result.exit_code == code, result.output
     assert said in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("allowed", "cores", "processes", "threads"),
+    [(16, 16, 1, 8), (16, 16, 4, 3), (64, 64, 8, 7), (4, 64, 8, 3), (2, 2, 1, 2)],
+)
+def test_cores_are_shared_by_the_processes_of_a_host(
+    monkeypatch, allowed: int, cores: int, processes: int, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(allowed))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    team = LoneTeam()
+    monkeypatch.setattr(team, "local_size", lambda: processes)
+    assert _share_of_cores(team) == threads
 
 
 def test_the_table_of_tasks_is_whole() -> None:

@@ -189,12 +189,12 @@ def test_other_settings_are_refused_and_named(model, miniature, few):
 
 
 def test_two_runs_on_one_folder_are_refused(model, miniature, few):
-    from ume_models.store import lock_folder
+    from ume_models.store import lock_folder, unlock_folder
 
     lock = lock_folder(few)
     with pytest.raises(StoreError, match="another process is writing"):
         run(model, miniature, few, *FEW)
-    os.close(lock)
+    unlock_folder(few, lock)
 
 
 def test_missing_tables_are_named_before_anything_is_embedded(model, miniature, tmp_path):
@@ -267,6 +267,21 @@ def test_a_full_disk_is_named_and_what_is_done_is_kept(model, miniature, tmp_pat
     told = Recorder()
     run(model, miniature, out, "ImageNet-1K", options=options, progress=told)
     assert sum(told.done.values()) >= 6
+
+
+def test_a_call_that_cannot_read_its_data_takes_nothing_away(model, miniature, tmp_path):
+    out = tmp_path / "out"
+    run(model, miniature, out, "ImageNet-1K", "MSR-VTT")
+    before = contents(out)
+    for root, names in (
+        (miniature / "image-tasks", ("ImageNet-1K",)),  # one level too deep
+        (miniature / "image-tasks", ("ImageNet-1K", "MSR-VTT")),
+        (tmp_path / "nothing", ("ImageNet-1K", "MSR-VTT", "CIRR")),
+    ):
+        for overwrite in (False, True):
+            with pytest.raises((DataError, StoreError)):
+                run(model, root, out, *names, overwrite=overwrite)
+            assert contents(out) == before
 
 
 def test_what_was_scored_is_not_ranked_again(model, miniature, tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ def results_in(folder):
 )
 def test_what_changes_results_is_refused_and_named(tmp_path, changes, named):
     settings.begin(tmp_path, manifest(), overwrite=False)
+    results_in(tmp_path)
     with pytest.raises(StoreError, match=named):
         settings.begin(tmp_path, manifest(**changes), overwrite=False)
     settings.begin(tmp_path, manifest(**changes), overwrite=True)
@@ -121,8 +122,29 @@ def test_a_damaged_manifest_is_named(tmp_path, content, message):
         settings.begin(tmp_path, manifest(), overwrite=False)
 
 
-def test_an_old_summary_does_not_outlive_a_new_run(tmp_path):
+def test_a_first_attempt_that_left_nothing_binds_nobody(tmp_path):
     settings.begin(tmp_path, manifest(), overwrite=False)
-    (tmp_path / "summary.json").write_text("{}")
-    settings.begin(tmp_path, manifest(), overwrite=False)
-    assert not (tmp_path / "summary.json").exists()
+    later = manifest(fingerprint="g", tasks=["OVEN"])
+    assert settings.joined(tmp_path, later, overwrite=False)["tasks"] == ["OVEN"]
+    settings.begin(tmp_path, later, overwrite=False)
+    assert settings.read_manifest(tmp_path)["fingerprint"] == "g"
+
+
+def test_tasks_add_up_on_the_same_data_only(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    out = tmp_path / "out"
+    out.mkdir()
+    settings.begin(out, manifest(data=str(tmp_path / "data")), overwrite=False)
+    results_in(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    through_link = manifest(tasks=["OVEN"], data=str(tmp_path / "link"))
+    assert settings.joined(out, through_link, overwrite=False)["tasks"] == ["OVEN", "CIRR"]
+    mistyped = manifest(tasks=["OVEN"], data=str(tmp_path))
+    with pytest.raises(StoreError, match="scores of 1 other tasks on the data of .*name those"):
+        settings.joined(out, mistyped, overwrite=False)
+    # the same tasks on data that moved: their digests tell what counts
+    moved = manifest(data=str(tmp_path))
+    assert settings.joined(out, moved, overwrite=False) == moved
+    assert settings.joined(out, mistyped, overwrite=True) == mistyped
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -104,6 +104,29 @@ def test_scores_are_those_of_ume_eval(evaluated, miniature, tmp_path):
         score_folder(tmp_path / "in", tasks(*FEW), tmp_path / "out", data=miniature)
 
 
+def test_tasks_add_up(evaluated, miniature, tmp_path):
+    for name in (LOCAL, GLOBAL):
+        write_arrays(tmp_path / "in", name, task_embeddings(evaluated, name))
+    score_folder(tmp_path / "in", tasks(LOCAL), tmp_path / "out", data=miniature)
+    both = score_folder(tmp_path / "in", tasks(GLOBAL), tmp_path / "out", data=miniature)
+    assert {score.task for score in both.tasks} == {LOCAL, GLOBAL}
+    assert both.overall.of == 2
+
+
+def test_a_first_attempt_that_fails_does_not_stand_in_the_way(evaluated, miniature, tmp_path):
+    """Embeddings as README writes them, the names wrong at first."""
+    [task], data = tasks(LOCAL), read_task(*tasks(LOCAL), miniature, ReadOptions())
+    queries, candidates, _ = task_embeddings(evaluated, LOCAL)
+    assert [item.id for item in data.candidates] == list(data.candidates.names)
+    write_arrays(tmp_path / "in", LOCAL, (queries, candidates, data.candidates.names[::-1]))
+    (tmp_path / "in" / LOCAL / "candidates.json").write_text("[]")
+    with pytest.raises(DataError, match="0 names"):
+        score_folder(tmp_path / "in", [task], tmp_path / "out", data=miniature)
+    (tmp_path / "in" / LOCAL / "candidates.json").write_text(json.dumps(data.candidates.names))
+    found = score_folder(tmp_path / "in", [task], tmp_path / "out", data=miniature)
+    assert found.tasks[0].scores == RunFolder(evaluated).score(LOCAL).scores
+
+
 def test_scores_of_official_files_need_no_tables(evaluated, miniature, tmp_path):
     for name in FEW:
         found = task_embeddings(evaluated, name)

@@ -17,7 +17,6 @@ from ume_models.cli.options import (
     Mode,
     MultiImage,
     OnError,
-    WorkersOption,
 )
 
 
@@ -35,6 +34,7 @@ class Instructions(str, Enum):
     VLM2VEC = "vlm2vec"
 
 
+_WORKERS = 2
 _DATA, _WHAT, _HOW, _OTHER = "Data", "Tasks", "Model", "Instead of evaluating a model"
 
 
@@ -183,7 +183,16 @@ def evaluate(
             rich_help_panel=_HOW,
         ),
     ] = None,
-    workers: WorkersOption = 2,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=0,
+            help="Threads that read and decode media ahead of the model.",
+            metavar="N",
+            show_default="2; on a GPU its share of the cores, up to 8",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     top: Annotated[
         int, typer.Option(min=10, help="Places of each ranking to keep.", metavar="N")
     ] = 100,
@@ -267,13 +276,13 @@ def evaluate(
         command.show_tasks(selection)
         return
     if check:
-        command.check(_needed(data, "--data"), output, selection, workers)
+        command.check(_needed(data, "--data"), output, selection, workers or _WORKERS)
         return
     stop_or_skip: Literal["stop", "skip"] = "skip" if on_error is OnError.SKIP else "stop"
     options = EvalOptions(
         mode=mode.value,
         batch_tokens=batch_tokens,
-        workers=workers,
+        workers=_WORKERS if workers is None else workers,
         top=top,
         legacy_ndcg=legacy_ndcg,
         on_error=stop_or_skip,
@@ -296,7 +305,10 @@ def evaluate(
         disc_offset=disc_offset,
         batch_tokens=batch_tokens,
     )
-    command.run(_needed(data, "--data"), target, selection, encoding, options, **shared)
+    command.run(
+        _needed(data, "--data"), target, selection, encoding, options,
+        workers_by_device=workers is None, **shared,
+    )  # fmt: skip
 
 
 bench = typer.Typer(name="bench", help="Results of the benchmarks.", no_args_is_help=True)

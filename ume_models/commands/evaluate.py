@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from ume_models.commands.output_file import write_output
 from ume_models.errors import DataError
 from ume_models.mmeb.benchmarks import benchmark
 from ume_models.mmeb.dataset import ReadOptions
+from ume_models.mmeb.locate import misplaced
 from ume_models.mmeb.readers import read_task
 from ume_models.mmeb.results import RunFolder
 from ume_models.mmeb.run import evaluate
@@ -71,17 +73,23 @@ def run(
     encoding: EncodingOptions,
     options: EvalOptions,
     *,
+    workers_by_device: bool,
     overwrite: bool,
     gallery: int,
 ) -> None:
-    """Evaluate a model; exits with 3 if a task has no score."""
+    """Evaluate a model; exits with 3 if a task has no score.
+
+    With ``workers_by_device``, a GPU gets more threads that decode than ``options`` says.
+    """
     with failures_reported(when_interrupted=_AGAIN):
         tasks = selection.chosen()
         team = gather()
         try:
             _tell_who_is_lost(team)
             root = _data_root(data, output, team)
-            model = load_model(replace(encoding, device=local_device(encoding.device)))
+            model = load_model(replace(encoding, device=local_device(encoding.device, team)))
+            if workers_by_device and model.device.type == "cuda":
+                options = replace(options, workers=_share_of_cores(team))
             model.processor.empty = "reference"  # as the official evaluation embeds empty texts
             with EvalProgress(quiet=not team.leads) as progress:
                 summary = evaluate(
@@ -158,6 +166,8 @@ def check(data: str, output: Path | None, selection: Selection, workers: int) ->
                 workers=max(1, workers),
                 progress=progress.checking,
             )
+        if problems and (wrong_root := misplaced(root, selection.chosen())):
+            print(f"error: {wrong_root}")
         for problem in problems:
             print(problem)
         errors = sum(problem.severity == "error" for problem in problems)
@@ -213,6 +223,14 @@ def compare(a: Path, b: Path, output: Path | None) -> None:
             write_output(output / "comparison.json", text)
             write_output(output / "comparison.md", report.comparison_markdown(found))
             write_output(output / "comparison.html", report.comparison_page(found))
+
+
+def _share_of_cores(team: Team) -> int:
+    """Threads that decode for one of a host's GPUs; one core is left to the model's own thread."""
+    allowed, cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    # A launcher may have given this process cores of its own.
+    share = allowed // team.local_size() if allowed == cores else allowed
+    return min(max(share - 1, 2), 8)
 
 
 def _data_root(data: str, output: Path, team: Team) -> Path:

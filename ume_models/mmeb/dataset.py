@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,10 @@ class Candidates(ABC):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __iter__(self) -> Iterator[Item]:
+        """The items, in the order of ``names``."""
+        return map(self.item, range(len(self)))
 
     def reading_order(self) -> Sequence[int]:
         """All positions in the order in which their contents are read fastest."""

@@ -55,7 +55,7 @@ def locate(source: Source, root: Path, *, download: bool = False) -> list[Path]:
     raise DataError(
         f"there are no tables of {source.repository}{config}, split {source.split!r}, in "
         f"{' or '.join(places)}, nor in the hub's cache; get them with `hf download --repo-type "
-        f"dataset {source.repository} --local-dir {places[0]}`, or let them be downloaded"
+        f"dataset {source.repository} --local-dir {places[0]}`, or give --download"
     )
 
 
@@ -66,6 +66,31 @@ def media_folder(task: Task, root: Path) -> Path:
     """
     places = [root / folder for folder in task.media]
     return next((place for place in places if place.is_dir()), places[0])
+
+
+def misplaced(root: Path, tasks: Iterable[Task]) -> str:
+    """What to say of a data root that has none of the folders of these tasks; empty if it has."""
+    if not root.is_dir():
+        return f"{root} is not a folder"
+    tops = sorted(
+        {
+            Path(place).parts[0]
+            for task in tasks
+            for place in (*task.source.paths, *task.media)
+            if Path(place).parts
+        }
+    )
+
+    def fits(folder: Path) -> bool:
+        return any((folder / top).exists() for top in tops)
+
+    if fits(root):
+        return ""
+    root = root.absolute()
+    below = sorted(path for path in root.iterdir() if path.is_dir())
+    near = next((folder for folder in (root.parent, *below) if fits(folder)), None)
+    meant = f"; did you mean {near}?" if near is not None else ""
+    return f"{root} has no folder {' or '.join(tops)}{meant}"
 
 
 def find_tables(folder: Path, config: str | None, split: str) -> list[Path]:

@@ -8,7 +8,6 @@ written is a function of data, model and settings, so an interrupted run ends wi
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -35,6 +34,7 @@ from ume_models.mmeb.listing import (
     read_listing,
     write_listing,
 )
+from ume_models.mmeb.locate import misplaced
 from ume_models.mmeb.plan import SHARD_SIZES, Plan, Work, make_plan, open_store
 from ume_models.mmeb.predictions import least_prediction_bytes
 from ume_models.mmeb.progress import Pace, Progress
@@ -44,7 +44,7 @@ from ume_models.mmeb.settings import EvalOptions
 from ume_models.mmeb.summary import Summary
 from ume_models.mmeb.tasks import Task
 from ume_models.mmeb.team import LoneTeam, Team, TeamError
-from ume_models.store import Manifest, lock_folder
+from ume_models.store import Manifest, lock_folder, unlock_folder
 
 _NAMED = 5
 _SECONDS_UNTIL_SEEN = 90.0  # NFS remembers for up to 60 that a file is not there
@@ -106,6 +106,7 @@ def evaluate(
         )
     reading, options = reading or ReadOptions(), options or EvalOptions()
     team, progress = team or LoneTeam(), progress or Progress()
+    team.begin()
     member = _Member(model, tasks, data, output, reading, options, team, progress)
     try:
         if not team.leads:
@@ -118,8 +119,7 @@ def evaluate(
         try:
             return member.lead(name, overwrite)
         finally:
-            if lock is not None:
-                os.close(lock)
+            unlock_folder(output, lock)
     except TeamError:
         raise  # the others see for themselves
     except BaseException as error:
@@ -156,10 +156,15 @@ class _Member:
     # The leader ------------------------------------------------------------------------------
 
     def lead(self, name: str, overwrite: bool) -> Summary:
-        manifest = self._begin(name, overwrite)
+        # Nothing that is there is touched before the data have been read.
+        manifest = settings.joined(self.output, self._manifest(name), overwrite=overwrite)
         missing: dict[str, str] = {}
         read = self._read(missing)
+        settings.begin(self.output, manifest, overwrite=overwrite)
+        for task in missing:
+            self.results.discard(task)
         listings = self._list(read)
+        settings.remove_conclusions(self.output)
         where, wanted = places(listings), needed_keys(read, listings)
         device = self.model.device.type
         sizes = self.options.shard_sizes or SHARD_SIZES.get(device, SHARD_SIZES["cpu"])
@@ -217,22 +222,6 @@ class _Member:
             versions={name: metadata.version(name) for name in ("torch", "transformers")},
         )
 
-    def _begin(self, name: str, overwrite: bool) -> dict[str, Any]:
-        manifest = self._manifest(name)
-        there = None if overwrite else settings.earlier_manifest(self.output)
-        earlier = (
-            [name for name in there["tasks"] if name not in manifest["tasks"]] if there else []
-        )
-        settings.begin(
-            self.output,
-            {**manifest, "tasks": [*manifest["tasks"], *earlier]},
-            overwrite=overwrite,
-        )
-        if there is not None and there.get("data") != manifest["data"]:
-            for task in earlier:  # their scores are of other data
-                self.results.discard(task)
-        return settings.read_manifest(self.output)
-
     def _read(self, missing: dict[str, str]) -> list[TaskData]:
         """The tasks that can be read; the others stop the run, or are missing."""
         read = []
@@ -244,11 +233,11 @@ class _Member:
                 read.append(data)
             except DataError as error:
                 missing[task.name] = str(error)
-        for name in missing:
-            self.results.discard(name)
         if missing and self.options.on_error == "stop":
+            wrong_root = misplaced(self.data, self.tasks)
             raise DataError(
-                first_few(
+                (f"{wrong_root}\n" if wrong_root else "")
+                + first_few(
                     f"{len(missing)} of {len(self.tasks)} tasks cannot be read", missing.values()
                 )
                 + "\n--on-error skip evaluates the others; ume eval --check tells everything"

@@ -85,42 +85,77 @@ def describe(
     }
 
 
-def begin(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Begin an evaluation in a folder, or go on with one of the same settings.
-
-    A summary of an earlier run is removed: it is written again when this one is done.
+def joined(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any]:
+    """The manifest with the tasks that were evaluated in a folder before; nothing is written.
 
     Args:
         folder: the output folder.
-        manifest: what ``describe`` returned. The list of tasks may grow from run to run.
-        overwrite: remove results and embeddings of an evaluation that is there. No other file of
-            the folder is touched.
+        manifest: what ``describe`` returned.
+        overwrite: an evaluation that is there is going to be replaced.
 
     Raises:
-        StoreError: the folder holds an evaluation with other settings, which are named, or files
-            that are not one's.
-        OSError: the folder cannot be written.
+        StoreError: the folder holds an evaluation with other settings, which are named, scores of
+            other tasks on other data, or files that are not an evaluation's.
     """
-    remove_leftovers(folder, "")
     path = folder / MANIFEST
     if not path.is_file() and any((folder / name).exists() for name in ("tasks", "embeddings")):
         raise StoreError(
             f"{folder} has a folder tasks or embeddings but no {MANIFEST}: it is not the output of "
             "`ume eval`; choose another one with -o"
         )
+    there = None if overwrite else earlier_manifest(folder)
+    differences = [] if there is None else manifest_differences(there, manifest)
+    if there is None or (differences and not _holds_results(folder)):  # nothing to go on with
+        return dict(manifest)
+    if differences:
+        raise StoreError(
+            f"{folder} holds an evaluation with other settings:\n  "
+            + "\n  ".join(differences)
+            + "\nchoose another folder with -o, or replace it with --overwrite"
+        )
+    earlier = [name for name in there["tasks"] if name not in manifest["tasks"]]
+    scored = [name for name in earlier if (folder / "tasks" / name / "scores.json").is_file()]
+    data = [str(one.get("data")) for one in (there, manifest)]
+    if scored and os.path.realpath(data[0]) != os.path.realpath(data[1]):
+        raise StoreError(
+            f"{folder} holds scores of {len(scored)} other tasks on the data of {data[0]}, and "
+            f"--data is {data[1]} now: name those tasks as well, choose another folder with -o, or "
+            "replace everything with --overwrite"
+        )
+    return {**manifest, "tasks": [*manifest["tasks"], *earlier]}
+
+
+def begin(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Begin an evaluation in a folder, or go on with one of the same settings.
+
+    Args:
+        folder: the output folder.
+        manifest: what ``joined`` returned.
+        overwrite: remove results and embeddings of an evaluation that is there. No other file of
+            the folder is touched.
+
+    Raises:
+        StoreError: as ``joined``.
+        OSError: the folder cannot be written.
+    """
+    joined(folder, manifest, overwrite=overwrite)
+    for place in (folder, *_folders(folder / "tasks"), *_folders(folder / "embeddings")):
+        remove_leftovers(place, "")
+    path = folder / MANIFEST
     if (overwrite and path.is_file()) or _is_being_replaced(path):
         _remove_results(folder)
-    if path.is_file():
-        differences = manifest_differences(read_manifest(folder), manifest)
-        if differences:
-            raise StoreError(
-                f"{folder} holds an evaluation with other settings:\n  "
-                + "\n  ".join(differences)
-                + "\nchoose another folder with -o, or replace it with --overwrite"
-            )
+    write_atomically(path, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def remove_conclusions(folder: Path) -> None:
+    """Remove what was written of all tasks together: it is written again when they are done."""
     for name in _CONCLUSIONS:
         (folder / name).unlink(missing_ok=True)
-    write_atomically(path, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether anything has been embedded or scored there."""
+    return (folder / "embeddings").exists() or any((folder / "tasks").glob("*/scores.json"))
 
 
 def _remove_results(folder: Path) -> None:

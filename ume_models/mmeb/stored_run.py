@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ume_kernels.version import __version__
 from ume_models.atomic import write_atomically
 from ume_models.errors import DataError
 from ume_models.mmeb import settings
+from ume_models.mmeb.benchmarks import benchmark
 from ume_models.mmeb.dataset import ReadOptions
 from ume_models.mmeb.progress import Progress
 from ume_models.mmeb.readers import read_task
@@ -22,7 +22,7 @@ from ume_models.mmeb.settings import EvalOptions
 from ume_models.mmeb.stored import read_stored, score_stored
 from ume_models.mmeb.summary import Summary
 from ume_models.mmeb.tasks import Task
-from ume_models.store import lock_folder
+from ume_models.store import LOCK_FILE, lock_folder, unlock_folder
 
 
 def score_folder(
@@ -78,7 +78,9 @@ def score_folder(
             options=options,
             versions={},
         )
+        manifest = settings.joined(output, manifest, overwrite=overwrite)
         settings.begin(output, manifest, overwrite=overwrite)
+        settings.remove_conclusions(output)
         results = RunFolder(output)
         missing: dict[str, str] = {}
         found = False
@@ -109,12 +111,13 @@ def score_folder(
                 "TASK/queries.npy, or TASK_qry and TASK_tgt (TASK_gen_qry and TASK_gen_tgt) as the "
                 "official evaluations write them"
             )
-        summary = summarise_folder(results, tasks, missing)
+        asked = {*manifest["tasks"]}
+        whole = [task for task in benchmark(manifest["benchmark"]) if task.name in asked]
+        summary = summarise_folder(results, whole, missing)
         _write(output / "summary.json", summary.to_json())
         return summary
     finally:
-        if lock is not None:
-            os.close(lock)
+        unlock_folder(output, lock)
 
 
 def _files_digest(folder: Path, output: Path) -> str:
@@ -126,6 +129,8 @@ def _files_digest(folder: Path, output: Path) -> str:
     """
     state = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
+        if path.name == LOCK_FILE:  # of a run that was killed; it comes and goes
+            continue
         if path.is_file() and output not in path.parents:
             found = path.stat()
             name = path.relative_to(folder).as_posix()

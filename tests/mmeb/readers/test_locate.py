@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from ume_models.errors import DataError
-from ume_models.mmeb.locate import find_tables, locate, media_folder
+from ume_models.mmeb.locate import find_tables, locate, media_folder, misplaced
 from ume_models.mmeb.mmeb_v2 import MMEB_V2
 from ume_models.mmeb.tasks import Source
 
@@ -152,6 +152,19 @@ def test_places_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for place in places:
         write(tmp_path, place)
         assert locate(source, tmp_path) == [tmp_path / place]
+
+
+def test_a_root_of_another_level_is_noticed(tmp_path: Path) -> None:
+    tasks = [task for task in MMEB_V2 if task.name in ("CIRR", "MSR-VTT")]
+    root = tmp_path / "MMEB-V2"
+    (root / "image-tasks" / "CIRR").mkdir(parents=True)
+    assert misplaced(root, tasks) == ""
+    named = "has no folder image-tasks or video-tasks; did you mean "
+    for other in (root / "image-tasks", tmp_path):
+        assert misplaced(other, tasks) == f"{other} {named}{root}?"
+    (tmp_path / "empty" / "folder").mkdir(parents=True)
+    assert misplaced(tmp_path / "empty" / "folder", tasks).endswith("image-tasks or video-tasks")
+    assert misplaced(tmp_path / "nowhere", tasks) == f"{tmp_path / 'nowhere'} is not a folder"
 
 
 def test_the_hub_is_asked_last_and_only_if_wanted(
