@@ -13,7 +13,8 @@ from typing import Literal
 from ume_models.mmeb.miniature.document_tasks import write_document_tasks
 from ume_models.mmeb.miniature.folder import DataFolder
 from ume_models.mmeb.miniature.image_tasks import write_image_tasks
-from ume_models.mmeb.miniature.other_benchmarks import write_mbeir, write_mmeb_v1
+from ume_models.mmeb.miniature.mbeir_tasks import write_mbeir
+from ume_models.mmeb.miniature.mmeb_v1_tasks import write_mmeb_v1
 from ume_models.mmeb.miniature.video_questions import write_video_questions
 from ume_models.mmeb.miniature.video_tasks import write_video_tasks
 
@@ -23,7 +24,7 @@ __all__ = ["write_miniature"]
 def write_miniature(
     root: Path, *, tables: Literal["parquet", "jsonl"] = "parquet", seed: int = 0
 ) -> None:
-    """Write a small data root with all tasks of MMEB-v2 and MMEB-V1, and two of M-BEIR.
+    """Write a small data root with all tasks of MMEB-v2, MMEB-V1 and M-BEIR.
 
     The same arguments give the same bytes. Needs about 8 MB and a second or two.
 
