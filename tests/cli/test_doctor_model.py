@@ -55,6 +55,22 @@ def test_the_report_is_that_of_the_loaded_model(
     assert [e["reason"] for e in told][:-1] == [e.reason for e in entries]
 
 
+@pytest.mark.parametrize(("version", "ok"), [("19.0.1", True), ("", None)])
+def test_pyarrow_is_told_like_other_optional_packages(
+    monkeypatch: pytest.MonkeyPatch, version: str, ok: bool | None
+) -> None:
+    from ume_models.commands import doctor
+
+    real = doctor._version
+    monkeypatch.setattr(
+        doctor, "_version", lambda name: version if name == "pyarrow" else real(name)
+    )
+    (found,) = [finding for finding in doctor.examine().versions if finding.name == "pyarrow"]
+    assert found.ok is ok
+    assert version in found.value
+    assert ("pip install pyarrow" in found.remedy) is not bool(version)
+
+
 def test_table(ume: Ume, checkpoint_dir: Path) -> None:
     result = ume("doctor", checkpoint_dir)
     assert result.exit_code == 0

@@ -15,10 +15,10 @@ from ume_models.mmeb.metrics import Ranking
 from ume_models.mmeb.mmeb_v2 import MMEB_V2
 from ume_models.mmeb.report import markdown, numbers, page, terminal
 from ume_models.mmeb.report.facts import model_name, setting_facts
-from ume_models.mmeb.report.outline import outline
+from ume_models.mmeb.report.outline import outline, reason
 from ume_models.mmeb.report.remarks import summary_remarks
 from ume_models.mmeb.results import score_task
-from ume_models.mmeb.summary import Summary, summarise
+from ume_models.mmeb.summary import Missing, Summary, summarise
 from ume_models.mmeb.tasks import Task
 
 SETTINGS: Mapping[str, Any] = {
@@ -157,6 +157,12 @@ def test_numbers() -> None:
         "0.0",
     ]
     assert numbers.signed_interval((-0.004, 0.011)) == "−0.4 … +1.1"
+    # No width: nothing is known, however equal values look after resampling.
+    for known in (0.0, 0.1 + 0.2, 1.0):
+        assert numbers.interval((known, known + 1e-16)) == "–"
+        assert numbers.signed_interval((known, known + 1e-16)) == "–"
+    assert numbers.interval((0.61401, 0.61404)) == "61.4–61.4"
+    assert numbers.interval(None) == numbers.signed_interval((0.0, float("nan"))) == "–"
     assert numbers.count(12043) == "12,043"
     assert [numbers.probability(p) for p in (1.0, 0.0126, 0.0001)] == ["1.000", "0.013", "<0.001"]
     assert numbers.similarity(0.99543) == "0.9954"
@@ -264,6 +270,51 @@ def test_without_a_single_score() -> None:
     assert "none of 2 tasks ran" in Page(page.summary_page(summary)).words
 
 
+@pytest.mark.parametrize("right", [0, 8])
+def test_equal_values_have_no_interval(right: int) -> None:
+    summary = summary_of({"GQA": right, "TextVQA": right, "CIRR": 4})
+    shown, written = plain(terminal.summary_table(summary), 110), markdown.summary_markdown(summary)
+    made = page.summary_page(summary)
+    html = Page(made)
+    score = numbers.points(right / 8)
+    assert html.row("GQA")[1:3] == cells_of(written, "GQA")[3:5] == [score, "–"]
+    assert re.search(rf"GQA +{score} +– ", shown)
+    # The mean of a group of such tasks is no more certain.
+    group = "Visual question answering"
+    assert cells_of(written, rf"{group} (I-QA)")[1:3] == [score, "–"]
+    assert re.search(rf"{group} +{score} +– +2 ", shown)
+    assert f"{group} I-QA {score} – 2 tasks" in html.words
+    assert made.count('class="reach"') == 2 + 3  # images, their retrieval; each task
+    for text in (html.words, written, " ".join(shown.split())):
+        assert numbers.NO_INTERVAL in text
+    assert list(summary.to_json()["tasks"][0]["interval"]) == [right / 8] * 2
+
+
+def test_the_terminal_tells_of_dashes_only_where_there_are_any() -> None:
+    assert numbers.NO_INTERVAL not in plain(terminal.summary_table(summary_of({"GQA": 4})), 300)
+
+
+def test_reasons_do_not_repeat_the_name_beside_them() -> None:
+    missing = {"VATEX": "VATEX: no table: VATEX is absent", "MSVD": "was not run"}
+    summary = summary_of({"GQA": 4}, missing)
+    written, made = markdown.summary_markdown(summary), Page(page.summary_page(summary))
+    assert cells_of(written, "VATEX")[1] == "no table: VATEX is absent"
+    assert ["VATEX", "Video retrieval", "no table: VATEX is absent"] in made.rows
+    assert re.search("VATEX +no table: VATEX is", plain(terminal.summary_table(summary), 110))
+    twice = "a lists it as missing: VATEX: torn; b lists it as missing: VATEX: gone"
+    assert reason(Missing("VATEX", twice)) == "a lists it as missing: torn; b lists it as " \
+        "missing: gone"
+
+
+def test_many_missing_tasks_are_folded() -> None:
+    few = {task.name: "no table" for task in MMEB_V2[:10]}
+    for missing, folded in ((few, 0), ({**few, "VATEX": "no table"}, 1)):
+        made = page.summary_page(summary_of({"MSVD": 4}, missing))
+        assert made.count('<details class="rows">') == folded
+        assert f"<b>{len(missing)} tasks</b>" in made or not folded
+        assert sum(row[0] in missing for row in Page(made).rows) == len(missing)
+
+
 def remarks(
     names: Sequence[str], *, ties: int = 0, legacy: bool = False, **settings: Any
 ) -> list[str]:
@@ -279,8 +330,9 @@ def test_remarks_say_what_is_not_comparable() -> None:
     for labels, word in (("legacy", "published first, many of which are wrong"), ("fixed", "2025")):
         _, remark = remarks(["GQA", "ViDoSeek-page"], labels=labels)
         assert remark.startswith("ViDoSeek-page: ") and word in remark
-    _, limit = remarks(["GQA"], limit=1000)
-    assert "Only the first 1,000 queries of each task" in limit
+    _, limit = remarks(["GQA"], limit=8)
+    assert "Only the first 8 queries of each task" in limit
+    assert len(remarks(["GQA"], limit=9)) == 1  # the task has eight: all of them were used
     _, leak = remarks(["MomentSeeker"], momentseeker_leak=True)
     assert leak.startswith("MomentSeeker: ")
     assert len(remarks(["GQA"], momentseeker_leak=True)) == 1

@@ -17,6 +17,7 @@ from ume_models.mmeb.intervals import Interval
 from ume_models.mmeb.metrics import Ranking
 from ume_models.mmeb.mmeb_v2 import MMEB_V2
 from ume_models.mmeb.report import comparison as report
+from ume_models.mmeb.report.remarks import comparison_remarks
 from ume_models.mmeb.results import RunFolder, score_task
 from ume_models.mmeb.summary import Missing
 
@@ -123,13 +124,72 @@ def test_everything_else_is_told_in_every_form() -> None:
     for text in (shown, written, told):
         assert "B is significantly better in 1 and worse in 1; in 1 every query has the" in text
         assert "not evaluated alike: labels fixed and legacy" in text
-        assert "ImageNet-1K: prompts, media, names or answers are not the same" in text
         assert "1 task could not be compared" in text
         assert all(word in text for word in ("dtype", "bfloat16", "float32", "VATEX"))
     assert "55.0 and 57.0, B − A +2.0 (+1.0 … +3.0), p <0.001" in shown
     assert "0.9876 0.9912 1 − 5e-4 1 − 2e-7 – – – –" in told
     assert "| GQA | 0.9876 | 0.9912 | 1 − 5e-4 | 1 − 2e-7 | – | – | – | – |" in written
     assert r"| VATEX | only one \| has \<it\> |" in written
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        (Setting("dtype", "bfloat16", "float32"), True),
+        (Setting("legacy_ndcg", False, True), True),  # decides about scores, not about data
+        (Setting("limit", None, 3), False),  # of course the data differ, in every task
+        (Setting("labels", "fixed", "legacy"), False),
+    ],
+)
+def test_other_data_are_told_where_no_setting_explains_them(setting: Setting, told: bool) -> None:
+    remarks = comparison_remarks(replace(MADE, settings=[setting]))
+    other = "ImageNet-1K: prompts, media, names or answers are not the same in both runs. "
+    assert any(remark.startswith(other) for remark in remarks) is told
+
+
+def test_no_limit_is_told_in_words() -> None:
+    made = replace(MADE, settings=[Setting("limit", None, 3)])
+    assert "not evaluated alike: queries per task all and 3." in comparison_remarks(made)[0]
+    assert "| queries per task | all | 3 |" in report.comparison_markdown(made)
+
+
+def test_what_is_not_compared_comes_last_and_is_folded_where_it_is_long() -> None:
+    reasons = {name: f"/runs/fast lists it as missing: {name}: torn" for name in TASKS}
+    missing = [Missing(name, why) for name, why in reasons.items()]
+    for count, folded in ((10, 0), (11, 1)):
+        made = replace(MADE, not_compared=missing[:count])
+        page = report.comparison_page(made)
+        assert page.count('<details class="rows">') == folded
+        order = [page.index(f"<h2>{title}") for title in ("Settings that differ", "Tasks",
+            "Embeddings", "Not compared")]  # fmt: skip
+        assert order == sorted(order)
+        for text in (words_of(page), report.comparison_markdown(made)):
+            assert text.count("/runs/fast lists it as missing: torn") == count
+            assert text.rindex("GQA") < text.index("Not compared")
+        shown = plain(report.comparison_table(made))
+        assert shown.index("GQA") < shown.index("Not compared")
+
+
+def test_equal_differences_have_no_interval() -> None:
+    same = task("GQA", 0.5, 0.5, 0.0, 1.0, moved=(0, 0))
+    made = replace(MADE, tasks=[same], overall=same.score)
+    told = words_of(report.comparison_page(made))
+    shown, written = plain(report.comparison_table(made), 110), report.comparison_markdown(made)
+    assert "| GQA | 50.0 | 50.0 | 0.0 | – | 1.000 |" in written
+    assert re.search(r"GQA +50\.0 +50\.0 +0\.0 +– +1\.000", shown)
+    assert "GQA 50.0 50.0 0.0 – 1.000" in told
+    for text in (told, " ".join(shown.split()), written):
+        assert "0.0 … 0.0" not in text
+        assert "A dash stands for an interval where every query has the same difference" in text
+    assert "B − A 0.0, p 0.333." in shown
+    assert "95 % " not in told[: told.index("Before comparing")]
+    assert made.to_json()["tasks"][0]["score"]["interval"] == (0.0, 0.0)
+
+
+def test_gridlines_fall_on_zero_and_on_halves() -> None:
+    page = report.comparison_page(MADE)
+    assert re.search(r"\.track\.thin \{ --step: 25%;", page)
+    assert "transparent 1px var(--step, 20%)" in page
 
 
 def test_equal_runs_are_said_to_be_equal() -> None:

@@ -102,6 +102,39 @@ def test_a_right_first_result_can_still_be_a_failure() -> None:
     assert made.facts[1] == ("best result wrong", "0 of 1 query")
 
 
+def test_the_instruction_does_not_push_the_question_out() -> None:
+    task = TASKS["MVBench"]
+    asked = Item(f"{task.instructions.query} What happens?\n(A) yes", id="far")
+    data = TaskData(task, [Query(asked, ("a",))], texts("abcdef"))
+    (block,) = cases(section(data, [RANKINGS[2]]))
+    assert block.query.text == "What happens?\n(A) yes"
+    # Of a text that is nothing else it stays, of candidates as of queries.
+    task = TASKS["VATEX"]
+    alone = task.instructions.target
+    assert alone and task.instructions.query
+    candidates = ListedCandidates(
+        [("b", Item(alone, id="b")), ("a", Item(f"{alone} More.", id="a"))]
+    )
+    query = Item(task.instructions.query, id="far")
+    (block,) = cases(section(TaskData(task, [Query(query, ("a",))], candidates), [RANKINGS[2]]))
+    assert block.query.text == task.instructions.query
+    assert block.found[0].card.text == alone
+    assert block.answers == [] and block.found[4].card.text == "More."
+
+
+def test_names_that_are_the_text_are_shown_once() -> None:
+    listed = [("b", Item("b", id="b")), ("a\n", Item("a", id="a\n")), ("c", Item("see", id="c"))]
+    ranking = Ranking("far", ("b", "c"), (0.9, 0.8), ("a\n",))
+    made = section(data_of([Item("?", id="far")], ListedCandidates(listed)), [ranking])
+    assert re.findall(r'<p class="id">(\w+)', summary_page(EMPTY, [made])) == ["c"]
+
+
+def test_long_names_of_tasks_can_be_broken() -> None:
+    page = summary_page(EMPTY, [Section("ViDoRe_esg_reports", [])])
+    assert "<summary><b>ViDoRe_<wbr>esg_<wbr>reports</b>" in page
+    assert re.search(r"summary b \{[^}]*overflow-wrap: anywhere", page)
+
+
 def test_unknown_names_and_scores_are_told() -> None:
     ranking = Ranking("0", ("b", "zz"), (), ("yy",))
     made = section(data_of([], texts("ab")), [ranking])

@@ -74,7 +74,7 @@ class Report:
 def examine() -> Report:
     """Look at the installation and the machine; starts no work on a device."""
     return Report(
-        versions=[*_packages(), _faiss(), _compiler()],
+        versions=[*_packages(), _faiss(), _pyarrow(), _compiler()],
         devices=_devices(),
         operations=_operations(),
         checks=[_bundled_checkpoint()],
@@ -115,6 +115,14 @@ def _faiss() -> Finding:
         return Finding("faiss", version)
     absent = "absent (only `--index-type faiss` needs it)"
     return Finding("faiss", absent, None, "pip install faiss-cpu")
+
+
+def _pyarrow() -> Finding:
+    version = _version("pyarrow")
+    if version:
+        return Finding("pyarrow", version)
+    absent = "absent (only `ume eval` on parquet and arrow tables needs it)"
+    return Finding("pyarrow", absent, None, "pip install pyarrow")
 
 
 def _compiler() -> Finding:

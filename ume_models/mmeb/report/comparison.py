@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import TypeAlias
 
 from rich.console import Group as Lines
 from rich.console import RenderableType
@@ -20,6 +21,7 @@ from ume_models.mmeb.report.facts import setting_name, setting_value
 from ume_models.mmeb.report.html import render_page
 from ume_models.mmeb.report.numbers import (
     correlation,
+    has_width,
     plural,
     points,
     probability,
@@ -27,8 +29,10 @@ from ume_models.mmeb.report.numbers import (
     signed_interval,
     similarity,
 )
-from ume_models.mmeb.report.outline import group_title, grouped
+from ume_models.mmeb.report.outline import group_title, grouped, reason
 from ume_models.mmeb.report.remarks import comparison_remarks
+
+_Listing: TypeAlias = tuple[str, list[str], list[list[str]]]  # title, head and rows
 
 SIGNIFICANT = 0.05  # of p-values corrected for the number of tasks
 # What is told of each task, here and in the page: heads of the columns behind its name.
@@ -40,7 +44,8 @@ EXPLANATION = (
     "Differences are B − A in points of 100, with 95 % bootstrap intervals over paired queries; p "
     "is of a paired sign-flip test, corrected for the number of tasks (Holm). Same best: queries "
     "with the same first result. Same 10: shared part of the first ten. Order: Kendall's τ of what "
-    "both rankings hold. ▲ and ▼: significantly better and worse."
+    "both rankings hold. ▲ and ▼: significantly better and worse. A dash stands for an interval "
+    "where every query has the same difference: resampling has no spread there."
 )
 
 
@@ -183,7 +188,8 @@ def comparison_page(comparison: Comparison) -> str:
         {
             "comparison": comparison,
             "groups": _groups(comparison),
-            "lists": _lists(comparison),
+            "differing": _differing(comparison),
+            "left_out": _left_out(comparison),
             "notes": comparison_remarks(comparison),
             "outcome": outcome(comparison),
             "explanation": EXPLANATION,
@@ -261,28 +267,33 @@ def _has_embeddings(comparison: Comparison) -> bool:
     return any(task.query_cosine or task.candidate_cosine for task in comparison.tasks)
 
 
-def _lists(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and rows of what is told as a list, where there is any."""
-    settings = [
-        [setting_name(one.name), setting_value(one.a), setting_value(one.b)]
+def _lists(comparison: Comparison) -> list[_Listing]:
+    """What is told as a list, where there is any."""
+    return [entry for entry in (_differing(comparison), _left_out(comparison)) if entry[2]]
+
+
+def _differing(comparison: Comparison) -> _Listing:
+    rows = [
+        [setting_name(one.name), *(setting_value(one.name, value) for value in (one.a, one.b))]
         for one in comparison.settings
     ]
-    left_out = [[missing.task, missing.reason] for missing in comparison.not_compared]
-    lists = [
-        ("Settings that differ", ["setting", "A", "B"], settings),
-        ("Not compared, in no number", ["task", "reason"], left_out),
-    ]
-    return [entry for entry in lists if entry[2]]
+    return "Settings that differ", ["setting", "A", "B"], rows
+
+
+def _left_out(comparison: Comparison) -> _Listing:
+    rows = [[missing.task, reason(missing)] for missing in comparison.not_compared]
+    return "Not compared, in no number", ["task", "reason"], rows
 
 
 def _overall_line(comparison: Comparison) -> str:
     overall = comparison.overall
     if overall is None:
         return ""
+    bounds = f" ({signed_interval(overall.interval)})" if has_width(overall.interval) else ""
     return (
         f"All {plural(len(comparison.tasks), 'task')}: {points(overall.a)} and "
-        f"{points(overall.b)}, B − A {signed(overall.delta)} "
-        f"({signed_interval(overall.interval)}), p {probability(overall.p_value)}."
+        f"{points(overall.b)}, B − A {signed(overall.delta)}{bounds}, "
+        f"p {probability(overall.p_value)}."
     )
 
 

@@ -32,7 +32,7 @@ def setting_facts(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """
     known = [name for name in _NAMES if name in settings]
     others = [name for name in settings if name not in _NAMES]
-    return [pair for name in [*known, *others] for pair in _pairs(_name(name), settings[name])]
+    return [pair for name in [*known, *others] for pair in _pairs(name, settings[name])]
 
 
 def setting_name(name: str) -> str:
@@ -40,17 +40,9 @@ def setting_name(name: str) -> str:
     return _name(name)
 
 
-def setting_value(value: Any) -> str:
-    """A value of a setting as text: booleans as yes and no, nothing as a dash."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{_name(key)} {setting_value(inner)}" for key, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(setting_value, value)) or "–"
-    return str(value)
+def setting_value(name: str, value: Any) -> str:
+    """A value of a setting as text: booleans as yes and no, nothing as a dash, no limit as all."""
+    return "all" if name == "limit" and value is None else _text(value)
 
 
 def model_name(settings: Mapping[str, Any]) -> str:
@@ -61,15 +53,27 @@ def model_name(settings: Mapping[str, Any]) -> str:
     return model if is_hub_id else parts[-1]
 
 
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_name(key)} {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value)) or "–"
+    return str(value)
+
+
 def _name(key: str) -> str:
     return _NAMES.get(key, key.replace("_", " "))
 
 
 def _pairs(name: str, value: Any) -> list[tuple[str, str]]:
-    if name == _NAMES["limit"] and value is None:
-        return [(name, "all")]
     if isinstance(value, Mapping):
         return [
-            pair for key, inner in value.items() for pair in _pairs(f"{name}: {_name(key)}", inner)
+            (f"{_name(name)}: {inside}", text)
+            for key, inner in value.items()
+            for inside, text in _pairs(key, inner)
         ]
-    return [(name, setting_value(value))]
+    return [(_name(name), setting_value(name, value))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -64,7 +64,8 @@ def failure_section(
     Worst are the queries with the lowest value of the task's metric; among equals those whose best
     right answer has the score furthest below the first result's (or below the last one kept, where
     no right answer was kept). Pictures that lie inside of tables are shrunk at once, those in
-    files of their own when the page is made. What cannot be read is told in its place.
+    files of their own when the page is made. What cannot be read is told in its place. The
+    instruction that all texts of a task begin with is left out where more follows.
 
     Args:
         data: the task, for what queries and candidates look like.
@@ -80,11 +81,16 @@ def failure_section(
     wrong = [position for position, value in enumerate(values) if value < 1]
     known = {query.item.id: query.item for query in data.queries}
     worst = sorted(wrong, key=lambda at: (values[at], -_margin(rankings[at]), at))[:cases]
-    cards = _Cards(data.candidates, [rankings[at] for at in worst], shown)
+    wordings = [words for words in (data.task.instructions, data.task.plume_instructions) if words]
+    of_queries, of_targets = zip(*((words.query, words.target) for words in wordings), strict=True)
+    cards = _Cards(data.candidates, [rankings[at] for at in worst], shown, of_targets)
     misled = sum(not {*ranking.prediction[:1]} & {*ranking.relevant} for ranking in rankings)
     return Section(
         title=score.task,
-        blocks=[_failure(rankings[at], known.get(rankings[at].id), cards, shown) for at in worst],
+        blocks=[
+            _failure(rankings[at], _query(known, rankings[at].id, of_queries), cards, shown)
+            for at in worst
+        ],
         facts=[
             (score.metric, points(score.score)),
             ("best result wrong", f"{count(misled)} of {plural(len(rankings), 'query')}"),
@@ -107,13 +113,19 @@ def _margin(ranking: Ranking) -> float:
     return ranking.scores[0] - ranking.scores[place]
 
 
-def _failure(ranking: Ranking, query: Item | None, cards: _Cards, shown: int) -> Failure:
+def _query(known: Mapping[str, Item], id: str, instructions: Sequence[str]) -> Card:
+    if id not in known:
+        return Card(id, "(this query is not among the data)")
+    return _card(known[id], instructions)
+
+
+def _failure(ranking: Ranking, query: Card, cards: _Cards, shown: int) -> Failure:
     relevant, kept = set(ranking.relevant), len(ranking.prediction)
     # Scores may be unknown, as in predictions of the official evaluation.
     scores = dict(zip(ranking.prediction, ranking.scores or [math.nan] * kept, strict=True))
     answers = cards.hidden_answers(ranking)
     return Failure(
-        query=_card(query) if query else Card(ranking.id, "(this query is not among the data)"),
+        query=query,
         found=[
             Found(cards[name], scores[name], name in relevant)
             for name in ranking.prediction[:shown]
@@ -148,14 +160,20 @@ def _place(ranking: Ranking, name: str) -> str:
 class _Cards:
     """Cards of the candidates that a few rankings show, each read once and in the tables' order."""
 
-    def __init__(self, candidates: Candidates, rankings: Sequence[Ranking], shown: int) -> None:
+    def __init__(
+        self,
+        candidates: Candidates,
+        rankings: Sequence[Ranking],
+        shown: int,
+        instructions: Sequence[str],
+    ) -> None:
         self._shown = shown
         wanted: set[str] = set()
         for ranking in rankings:
             wanted.update(ranking.prediction[:shown], self.hidden_answers(ranking)[:_ANSWERS])
         # Consecutive positions are cheap to read, and there may be a hundred thousand names.
         self._cards = {
-            name: _read(candidates, position, name)
+            name: _read(candidates, position, name, instructions)
             for position, name in enumerate(candidates.names)
             if name in wanted
         }
@@ -170,22 +188,27 @@ class _Cards:
         return self._cards.get(name) or Card(name, "(this name is not among the candidates)")
 
 
-def _read(candidates: Candidates, position: int, name: str) -> Card:
+def _read(
+    candidates: Candidates, position: int, name: str, instructions: Sequence[str]
+) -> Card:
     try:
-        return replace(_card(candidates.item(position)), id=name)
+        return replace(_card(candidates.item(position), instructions), id=name)
     except (UmeError, OSError) as error:  # a picture that is gone costs a card, not the report
         return Card(name, f"(cannot be read: {error})")
 
 
-def _card(item: Item) -> Card:
+def _card(item: Item, instructions: Sequence[str]) -> Card:
     text = " ".join(part for part in (item.instruction, item.text) if part)
     for placeholder in _PLACEHOLDERS:
         text = text.replace(placeholder, "")
+    text = text.strip()
+    for instruction in instructions:  # the same in every card, it would push out what differs
+        text = text.removeprefix(instruction.strip()).strip() or text
     video = item.video or ()
     # Eight frames side by side in a card would be too small to see anything.
     step = max(1, len(video) / _FRAMES)
     frames = [video[int(step * at)] for at in range(min(_FRAMES, len(video)))]
-    return Card(item.id, text.strip(), tuple(_small(item.images)), tuple(_small(frames)))
+    return Card(item.id, text, tuple(_small(item.images)), tuple(_small(frames)))
 
 
 def _small(sources: Iterable[MediaSource]) -> Iterable[MediaSource]:

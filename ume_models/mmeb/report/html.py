@@ -71,6 +71,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     written = (
+        numbers.has_width,
         numbers.points,
         numbers.interval,
         numbers.signed,

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from ume_models.mmeb.report.facts import model_name, setting_facts
-from ume_models.mmeb.report.numbers import count, interval, points, ran
-from ume_models.mmeb.report.outline import Group, Part, outline
+from ume_models.mmeb.report.numbers import NO_INTERVAL, count, interval, points, ran
+from ume_models.mmeb.report.outline import Group, Part, outline, reason
 from ume_models.mmeb.report.remarks import summary_remarks
 from ume_models.mmeb.summary import Mean, Summary
 
@@ -23,7 +23,8 @@ def summary_markdown(summary: Summary) -> str:
         f"# {escaped(model_name(summary.settings))}: {escaped(name or 'evaluation')}",
         "",
         f"{ran(len(summary.tasks), asked)} tasks ran. Scores are points of 100, ranges are 95 % "
-        "bootstrap intervals over queries, means are unweighted over the tasks that ran.",
+        "bootstrap intervals over queries, means are unweighted over the tasks that ran. "
+        f"{NO_INTERVAL}",
         "",
         *bullets(summary_remarks(summary)),
         *table(["", "score", "95 %", "tasks"], _means(summary, parts), left=1),
@@ -52,7 +53,7 @@ def summary_markdown(summary: Summary) -> str:
         "",
     ]
     if summary.missing:
-        rows = [[escaped(missing.task), escaped(missing.reason)] for missing in summary.missing]
+        rows = [[escaped(missing.task), escaped(reason(missing))] for missing in summary.missing]
         lines += ["## Not run, in no mean", "", *table(["task", "reason"], rows, left=2), ""]
     facts = [[escaped(name), escaped(value)] for name, value in setting_facts(summary.settings)]
     lines += ["## Settings", "", *table(["setting", "value"], facts, left=2), ""]

@@ -7,6 +7,12 @@ from collections.abc import Sequence
 
 MINUS = "−"
 NONE = "–"
+# Narrower is what floating-point arithmetic makes of equal values.
+_WIDTH = 1e-9
+NO_INTERVAL = (
+    "A dash stands for an interval where every query has the same value: resampling has no spread "
+    "there, which does not make the score certain."
+)
 
 
 def points(value: float | None) -> str:
@@ -14,9 +20,17 @@ def points(value: float | None) -> str:
     return NONE if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
 
 
-def interval(bounds: Sequence[float] | None) -> str:
-    """Lower and upper bound of a share as points, "60.9–61.8"; a dash where there is none."""
+def has_width(bounds: Sequence[float] | None) -> bool:
+    """Whether a bootstrap interval tells anything: equal values have one without width."""
     if bounds is None or not all(map(math.isfinite, bounds)):
+        return False
+    low, high = bounds
+    return high - low > _WIDTH
+
+
+def interval(bounds: Sequence[float] | None) -> str:
+    """Lower and upper bound of a share as points, "60.9–61.8"; a dash for none and no width."""
+    if bounds is None or not has_width(bounds):
         return NONE
     low, high = bounds
     return f"{points(low)}–{points(high)}"
@@ -33,8 +47,11 @@ def signed(value: float | None) -> str:
 
 
 def signed_interval(bounds: Sequence[float] | None) -> str:
-    """Bounds of a difference as points, "−0.4 … +1.1": a dash would look like a sign."""
-    if bounds is None or not all(map(math.isfinite, bounds)):
+    """Bounds of a difference as points, "−0.4 … +1.1": a dash between them would look like a sign.
+
+    A dash alone as for ``interval``.
+    """
+    if bounds is None or not has_width(bounds):
         return NONE
     low, high = bounds
     return f"{signed(low)} … {signed(high)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -10,7 +11,7 @@ from ume_models.errors import DataError
 from ume_models.mmeb.benchmarks import benchmark
 from ume_models.mmeb.mmeb_v2 import MMEB_V2
 from ume_models.mmeb.results import TaskScore
-from ume_models.mmeb.summary import Mean, Summary
+from ume_models.mmeb.summary import Mean, Missing, Summary
 from ume_models.mmeb.tasks import Task
 
 _MODALITIES = {"image": "Image", "video": "Video", "visdoc": "Visual documents"}
@@ -148,6 +149,11 @@ def in_order(names: Sequence[str], table: Mapping[str, Task]) -> list[str]:
     """Names in the order of the table, the others after them as they come."""
     order = {name: place for place, name in enumerate(table)}
     return sorted(names, key=lambda name: order.get(name, len(order)))
+
+
+def reason(missing: Missing) -> str:
+    """Why a task is missing, without its name, which stands beside it in every form."""
+    return re.sub(rf"(^|: ){re.escape(missing.task)}: ", r"\1", missing.reason)
 
 
 def modality_title(modality: str) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from ume_models.mmeb.report.facts import model_name, setting_facts
 from ume_models.mmeb.report.html import render_page
-from ume_models.mmeb.report.numbers import plural, ran
-from ume_models.mmeb.report.outline import group_title, outline, tasks_of
+from ume_models.mmeb.report.numbers import NO_INTERVAL, plural, ran
+from ume_models.mmeb.report.outline import group_title, outline, reason, tasks_of
 from ume_models.mmeb.report.remarks import summary_remarks
 from ume_models.mmeb.summary import Summary
 from ume_models.retrieval.gallery import Section
@@ -41,12 +41,15 @@ def summary_page(summary: Summary, failures: Sequence[Section] = (), *, max_side
             "asked": asked,
             "parts": outline(summary),
             "notes": summary_remarks(summary),
-            "group_of": {
-                missing.task: group_title(table[missing.task].group)
-                if missing.task in table
-                else ""
+            "no_interval": NO_INTERVAL,
+            "missing": [
+                [
+                    missing.task,
+                    group_title(table[missing.task].group) if missing.task in table else "",
+                    reason(missing),
+                ]
                 for missing in summary.missing
-            },
+            ],
             "settings": setting_facts(summary.settings),
             "other_metrics": [measure for measure in _OTHER_MEASURES if measure in measured],
             "failures": failures,

@@ -10,6 +10,10 @@ from ume_models.mmeb.report.numbers import count, plural, some
 from ume_models.mmeb.report.outline import group_title, tasks_of
 from ume_models.mmeb.summary import Summary
 
+# Settings that decide what is read for a task, so that its data differ wherever they do.
+_READING = {"labels", "instructions", "limit", "momentseeker_leak", "benchmark"}
+_DECISIVE = {*_READING, "legacy_ndcg"}
+
 
 def summary_remarks(summary: Summary) -> list[str]:
     """Why numbers of a run are not comparable with others, the weightiest reason first."""
@@ -43,9 +47,11 @@ def _reading(summary: Summary) -> Iterator[str]:
             f"{some(relabelled)}: scored with the corrected labels of November 2025. Scores on the "
             "labels published first are far lower."
         )
-    if settings.get("limit") is not None:
+    limit = settings.get("limit")
+    # A task with fewer queries is complete in spite of it.
+    if limit is not None and any(score.queries >= limit for score in summary.tasks):
         yield (
-            f"Only the first {count(int(settings['limit']))} queries of each task were used: "
+            f"Only the first {count(int(limit))} queries of each task were used: "
             "scores are estimates of a complete run's, and no sample of it at random."
         )
     if settings.get("momentseeker_leak") and "MomentSeeker" in {task.name for task in ran}:
@@ -82,16 +88,16 @@ def _ranking(summary: Summary) -> Iterator[str]:
 def comparison_remarks(comparison: Comparison) -> list[str]:
     """Why two runs are not alike enough for their difference to be a model's or an engine's."""
     remarks = []
-    decisive = {"labels", "instructions", "limit", "momentseeker_leak", "legacy_ndcg", "benchmark"}
-    differ = [setting for setting in comparison.settings if setting.name in decisive]
+    differ = [setting for setting in comparison.settings if setting.name in _DECISIVE]
     if differ:
         told = "; ".join(
-            f"{setting_name(one.name)} {setting_value(one.a)} and {setting_value(one.b)}"
+            f"{setting_name(one.name)} {setting_value(one.name, one.a)} and "
+            f"{setting_value(one.name, one.b)}"
             for one in differ
         )
         remarks.append(f"The runs were not evaluated alike: {told}. Differences mix with that.")
     other = [task.task for task in comparison.tasks if task.same_data is False]
-    if other:
+    if other and not any(setting.name in _READING for setting in differ):
         remarks.append(
             f"{some(other)}: prompts, media, names or answers are not the same in both runs. "
             "Differences mix with that."

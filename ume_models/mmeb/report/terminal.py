@@ -10,8 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ume_models.mmeb.report.facts import model_name, setting_facts
-from ume_models.mmeb.report.numbers import count, interval, points, ran
-from ume_models.mmeb.report.outline import Group, Part, outline
+from ume_models.mmeb.report.numbers import (
+    NO_INTERVAL,
+    count,
+    has_width,
+    interval,
+    points,
+    ran,
+)
+from ume_models.mmeb.report.outline import Group, Part, outline, reason
 from ume_models.mmeb.report.remarks import summary_remarks
 from ume_models.mmeb.summary import Summary
 
@@ -27,6 +34,8 @@ def summary_table(summary: Summary) -> RenderableType:
     pieces: list[RenderableType] = []
     if summary.tasks:
         pieces += [_tasks(parts), Text()]
+        if not all(has_width(score.interval) for score in summary.tasks):
+            pieces += [Text(NO_INTERVAL, style="dim"), Text()]
     if summary.missing:
         pieces += [_missing(summary), Text()]
     pieces += [_settings(summary), Text(), _means(summary, parts)]
@@ -119,7 +128,7 @@ def _missing(summary: Summary) -> Table:
     table.add_column("task", overflow="fold", ratio=2)
     table.add_column("reason", overflow="fold", ratio=5)
     for missing in summary.missing:
-        table.add_row(escape(missing.task), escape(missing.reason))
+        table.add_row(escape(missing.task), escape(reason(missing)))
     return table
 
 
