@@ -18,6 +18,7 @@ from ume_models.commands.evaluate import _share_of_cores
 from ume_models.mmeb.embeddings import task_embeddings
 from ume_models.mmeb.miniature import write_miniature
 from ume_models.mmeb.team import LoneTeam
+from ume_models.store import lock_folder, unlock_folder
 
 TASKS = "CIRR,ActivityNetQA,ViDoSeek-page"
 
@@ -75,6 +76,26 @@ def test_processes_of_a_launcher_agree_with_one(data: Path, done: Path, tmp_path
             for folder in (done, tmp_path / "b")
         )
         assert one == two
+
+
+def test_files_are_written_before_the_table_is_told(data: Path, tmp_path: Path) -> None:
+    """Whoever reads the output may stop reading: ``ume eval … | head -1``."""
+    command = [sys.executable, "-m", "ume_models.cli", "eval", "--data", str(data), "--tasks",
+               "CIRR", "-o", str(tmp_path / "out")]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    with open(os.devnull) as nobody:  # cannot be written to, as a pipe that nobody reads
+        ended = subprocess.run(command, env=environment, stdout=nobody, stderr=subprocess.PIPE)
+    assert ended.returncode != 0
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert (tmp_path / "out" / "summary.md").is_file()
+
+
+def test_the_miniature_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    lock = lock_folder(tmp_path)
+    result = ume("--data", "miniature", "--tasks", "CIRR", "-o", tmp_path)
+    unlock_folder(tmp_path, lock)
+    assert result.exit_code == 1 and "another process is writing" in result.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_stored_embeddings_have_the_same_scores(data: Path, done: Path, tmp_path: Path) -> None:

@@ -164,8 +164,13 @@ def test_other_data_are_noticed(tmp_path: Path) -> None:
     for name, of_run in digests.items():
         for folder, made_from in zip((a, b), of_run, strict=True):
             folder.write(score_task(task(name), rankings, 4), rankings, made_from=made_from)
+    for folder, relevant in ((a, "a"), (b, "b")):
+        others = found({"1": "ab"}, relevant)
+        folder.write(score_task(task("stored, relabelled"), others, 4), others)
     same_data = {one.task: one.same_data for one in compare(a, b).tasks}
-    assert same_data == {"changed": False, "same": True, "stored": None}
+    assert same_data == {
+        "changed": False, "same": True, "stored": None, "stored, relabelled": False,
+    }  # fmt: skip
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

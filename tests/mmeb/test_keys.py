@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ume_models.mmeb.keys import ContentKeys, key_kind
+from ume_models.mmeb.picture_check import PictureCheck
 from ume_models.processing.items import Item
 
 
@@ -24,6 +25,15 @@ def pictures(tmp_path):
 
 def keys_of(tmp_path, *items: Item) -> list[str]:
     return ContentKeys(tmp_path / "media.json", tmp_path).keys(lambda i: items[i], len(items))
+
+
+def test_a_pipe_is_no_picture_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    keys = ContentKeys(None, tmp_path)
+    keys.keys(lambda _: Item(images=(tmp_path / "pipe.png",)), 1)
+    assert keys.missing == [str(tmp_path / "pipe.png")]
+    found = PictureCheck().wrong(tmp_path / "pipe.png", decode=True)
+    assert found is not None and "is a pipe, socket or device" in found[1]
 
 
 def test_content_counts_and_names_do_not(tmp_path, pictures):

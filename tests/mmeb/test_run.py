@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -27,7 +28,7 @@ from ume_models.mmeb.team import LoneTeam
 
 FEW = ("ImageNet-1K", "MSR-VTT", "ViDoSeek-page", "ViDoSeek-doc")
 # How long it took, and when files were read: all that may differ between two runs.
-OF_THE_RUN = ("timing.json", "media.json")
+OF_THE_RUN = ("timing.json", "media.json", "tables.json")
 PROCESSES = Path(__file__).with_name("processes.py")
 
 
@@ -308,6 +309,52 @@ def test_what_was_scored_is_not_ranked_again(model, miniature, tmp_path, monkeyp
     Image.new("RGB", (40, 40)).save(read(root, "ImageNet-1K").queries[0].item.images[0], "JPEG")
     run(model, root, out, "ImageNet-1K", "MSR-VTT")
     assert ranked[2:] == ["MSR-VTT", "ImageNet-1K"]
+
+
+def test_scores_of_tables_that_changed_are_in_no_mean(model, miniature, tmp_path):
+    root, out = copy_of(miniature, tmp_path / "data"), tmp_path / "out"
+    run(model, root, out, "ImageNet-1K", "MSR-VTT")
+    summary = run(model, root, out, "MSR-VTT")
+    assert {score.task for score in summary.tasks} == {"ImageNet-1K", "MSR-VTT"}
+    [table] = read(root, "ImageNet-1K").files
+    os.utime(table, ns=(1, 1))
+    summary = run(model, root, out, "MSR-VTT")
+    assert [score.task for score in summary.tasks] == ["MSR-VTT"]
+    assert f"{table} has changed since" in summary.missing[0].reason
+    summary = run(model, root, out, "ImageNet-1K")
+    assert {score.task for score in summary.tasks} == {"ImageNet-1K", "MSR-VTT"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda: EvalOptions(top=3), "top must be at least 10"),
+        (lambda: EvalOptions(on_error="ignore"), "on_error must be one of 'stop', 'skip'"),
+        (lambda: EvalOptions(shard_sizes={"text": 1}), "shard_sizes needs a number"),
+        (lambda: ReadOptions(labels="foo"), "labels must be one of 'fixed', 'legacy'"),
+        (lambda: ReadOptions(instructions="PLUME"), "instructions must be one of"),
+        (lambda: ReadOptions(limit=-1), "limit must be at least 1"),
+    ],
+)
+def test_options_that_are_none_are_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        wrong()
+
+
+def test_tasks_of_no_benchmark_are_refused(model, miniature, tmp_path):
+    [cirr], [nights] = tasks("CIRR"), select_tasks(benchmark("MMEB-v1"), names=["NIGHTS"])
+    for wrong, told in (
+        ([cirr, nights], "MMEB-v1 and MMEB-v2: evaluate one"),
+        ([cirr, cirr], "CIRR is given twice"),
+        ([dataclasses.replace(cirr, name="Mine")], "'Mine' is no task of MMEB-v2"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run(model, miniature, tmp_path / "out", tasks=wrong)
+    # a task of the table with another measure is another one's score
+    other = dataclasses.replace(cirr, metric="recall@5")
+    first = run(model, miniature, tmp_path / "out", "CIRR").tasks[0]
+    second = run(model, miniature, tmp_path / "out", tasks=[other]).tasks[0]
+    assert (second.metric, second.score) == ("recall@5", first.scores["recall@5"])
 
 
 def test_shards_that_show_late_are_waited_for_and_never_forgotten(

@@ -87,6 +87,18 @@ def test_overwriting_removes_results_and_nothing_else(tmp_path):
     assert left == {"run.json", "notes.txt", "tasks/CIRR/notes.txt", "embeddings/mine/a.npy"}
 
 
+def test_a_stopped_removal_leaves_no_store_without_its_keys(tmp_path, monkeypatch):
+    settings.begin(tmp_path, manifest(), overwrite=False)
+    results_in(tmp_path)
+    store = tmp_path / "embeddings" / "text-1"
+    for name in ("manifest.json", "shard-00000-of-00001.safetensors", "shard-00000-of-00001.json"):
+        (store / name).write_text("{}")
+    removed = []
+    monkeypatch.setattr(settings.shutil, "rmtree", lambda path: removed.append(path))
+    settings.begin(tmp_path, manifest(), overwrite=True)
+    assert removed == [store] and [path.name for path in store.iterdir()] == ["keys.json"]
+
+
 def test_a_removal_that_was_stopped_is_gone_on_with(tmp_path, monkeypatch):
     settings.begin(tmp_path, manifest(), overwrite=False)
     results_in(tmp_path)
@@ -141,7 +153,7 @@ def test_tasks_add_up_on_the_same_data_only(tmp_path):
     through_link = manifest(tasks=["OVEN"], data=str(tmp_path / "link"))
     assert settings.joined(out, through_link, overwrite=False)["tasks"] == ["OVEN", "CIRR"]
     mistyped = manifest(tasks=["OVEN"], data=str(tmp_path))
-    with pytest.raises(StoreError, match="scores of 1 other tasks on the data of .*name those"):
+    with pytest.raises(StoreError, match=r"scores of 1 other tasks on the data of .*name those"):
         settings.joined(out, mistyped, overwrite=False)
     # the same tasks on data that moved: their digests tell what counts
     moved = manifest(data=str(tmp_path))

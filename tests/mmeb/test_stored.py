@@ -292,6 +292,21 @@ def test_names_with_modes_are_those_of_plume(made_up, tmp_path):
         score_folder(made_up, tasks(LOCAL), tmp_path / "none")
 
 
+def test_a_grade_of_zero_is_no_answer(made_up, tmp_path):
+    lines = [
+        {"label_name": ["b", "a"], "cand_names": NAMES, "rel_scores": [0, 1]},
+        {"label_name": ["b"], "cand_names": NAMES, "rel_scores": [2]},
+        {"label_name": ["c"], "cand_names": NAMES, "rel_scores": [1]},
+    ]
+    path = made_up / f"{GLOBAL}_info.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    score_folder(made_up, tasks(GLOBAL), tmp_path / "out")
+    assert RunFolder(tmp_path / "out").rankings(GLOBAL)[0].relevant == ("a",)
+    path.write_text(path.read_text().replace("[2]", "[0]"))
+    with pytest.raises(DataError, match="line 2: all rel_scores are 0"):
+        score_folder(made_up, tasks(GLOBAL), tmp_path / "none")
+
+
 def with_line(change: Mapping[str, Any] | str) -> Change:
     """The second line of the answers changed, or replaced; a blank line before it."""
 

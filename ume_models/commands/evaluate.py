@@ -30,6 +30,7 @@ from ume_models.mmeb.summary import Summary
 from ume_models.mmeb.tasks import Task, select_tasks
 from ume_models.mmeb.team import Team, TeamError, TorchTeam, gather, local_device
 from ume_models.retrieval.gallery import Section
+from ume_models.store import lock_folder, unlock_folder
 
 MINIATURE = "miniature"
 _AGAIN = "What is done is kept: run the same command again, without --overwrite, to go on."
@@ -121,12 +122,13 @@ def publish(
     """Print the scores and write them as Markdown and as a page with pictures of failures."""
     from ume_models.mmeb.report import markdown, page, terminal
 
-    results().print(terminal.summary_table(summary))
+    # The files first: whoever reads the output may stop reading.
     write_output(output / "summary.md", markdown.summary_markdown(summary))
     sections: list[Section] = []
     if data is not None and gallery:
         sections = _failures(summary, output, data, tasks, reading, gallery)
     write_output(output / "report.html", page.summary_page(summary, sections))
+    results().print(terminal.summary_table(summary))
     messages().print(
         f"scores: {output / 'summary.json'}, page: {output / 'report.html'}", markup=False
     )
@@ -217,12 +219,12 @@ def compare(a: Path, b: Path, output: Path | None) -> None:
 
     with failures_reported():
         found = compare_runs(RunFolder(a), RunFolder(b), task_embeddings)
-        results().print(report.comparison_table(found))
         if output is not None:
             text = json.dumps(found.to_json(), ensure_ascii=False, indent=1) + "\n"
             write_output(output / "comparison.json", text)
             write_output(output / "comparison.md", report.comparison_markdown(found))
             write_output(output / "comparison.html", report.comparison_page(found))
+        results().print(report.comparison_table(found))
 
 
 def _share_of_cores(team: Team) -> int:
@@ -248,11 +250,16 @@ def _data_root(data: str, output: Path, team: Team) -> Path:
     root = output / MINIATURE
     if team.leads and not root.is_dir():
         messages().print(f"writing the miniature to {root}", markup=False)
-        unfinished = output / f"{MINIATURE}-unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        # Without pyarrow the tables are in a form that needs none.
-        write_miniature(unfinished, tables="parquet" if find_spec("pyarrow") else "jsonl")
-        unfinished.rename(root)
+        output.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(output)
+        try:
+            unfinished = output / f"{MINIATURE}-unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            # Without pyarrow the tables are in a form that needs none.
+            write_miniature(unfinished, tables="parquet" if find_spec("pyarrow") else "jsonl")
+            unfinished.rename(root)
+        finally:
+            unlock_folder(output, lock)
     return root
 
 

@@ -71,7 +71,8 @@ class TaskComparison:
         query_cosine: how alike the embeddings of queries are; None where a run has none.
         candidate_cosine: the same for the candidates that both have.
         same_data: whether both runs read the same prompts, media, names and answers, by the
-            digests beside their scores; None where a run has none, as of stored embeddings.
+            digests beside their scores. Where a run has none, as of stored embeddings, False if
+            the queries have other answers, else None.
     """
 
     task: str
@@ -200,7 +201,10 @@ def _compare_task(
     differences = values_b - values_a
     resampled = resampled_means(differences, task)
     by_chance = sign_flip_means(differences, task)
-    made_from = a.made_from(task), b.made_from(task)
+    same_data = _same_data(
+        (a.made_from(task), b.made_from(task)),
+        [(found_a[one], found_b[other]) for one, other in zip(rows_a, rows_b, strict=True)],
+    )
     queries, candidates = _cosines(a, b, task, (found_a, found_b), (rows_a, rows_b), embeddings)
     comparison = TaskComparison(
         task=task,
@@ -217,9 +221,20 @@ def _compare_task(
         ),
         query_cosine=queries,
         candidate_cosine=candidates,
-        same_data=made_from[0] == made_from[1] if all(made_from) else None,
+        same_data=same_data,
     )
     return _Compared(comparison, resampled, by_chance)
+
+
+def _same_data(made_from: tuple[str, str], pairs: Sequence[tuple[Ranking, Ranking]]) -> bool | None:
+    if all(made_from):
+        return made_from[0] == made_from[1]
+    return None if all(_answers(one) == _answers(other) for one, other in pairs) else False
+
+
+def _answers(ranking: Ranking) -> dict[str, float]:
+    grades = ranking.grades or [1.0] * len(ranking.relevant)
+    return dict(zip(ranking.relevant, grades, strict=True))
 
 
 def _delta(

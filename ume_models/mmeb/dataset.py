@@ -6,9 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 from ume_models.mmeb.tasks import InstructionSet, Labels, Task
 from ume_models.processing.items import Item
+
+
+def require_one_of(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Raise ValueError, with the values that are known, for an option that has none of them."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,9 @@ class ReadOptions:
         momentseeker_leak: what the evaluation of PLUME does when a query's own picture is missing:
             take a frame of the right answer for it. Off, it is missing.
         download: fetch tables that are not on the disk from the hub.
+
+    Raises:
+        ValueError: a value is none of these.
     """
 
     labels: Labels = "fixed"
@@ -29,6 +39,12 @@ class ReadOptions:
     limit: int | None = None
     momentseeker_leak: bool = False
     download: bool = False
+
+    def __post_init__(self) -> None:
+        require_one_of("labels", self.labels, get_args(Labels))
+        require_one_of("instructions", self.instructions, get_args(InstructionSet))
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, or None for all queries; got {self.limit}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,8 @@ class ContentKeys:
         name = path.removeprefix(self._root)
         try:
             found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):  # a pipe may never end
+                raise OSError("not a file")
             known = self._known.get(name)
             if known and known.is_of(found):
                 return known.digest

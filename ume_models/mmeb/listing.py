@@ -72,7 +72,8 @@ def answers_digest(data: TaskData, listing: Listing) -> str:
 
     It covers the prompts and the bytes of the media, by the keys of what is embedded.
     """
-    state = hashlib.sha256()
+    task = data.task
+    state = hashlib.sha256(f"{task.benchmark} {task.metric} {task.ranking}\n".encode())
     for key in listing.all_keys():
         state.update(key.encode() + b"\n")
     for query in data.queries:

@@ -20,6 +20,7 @@ from ume_models.mmeb.tasks import Source, Task
 # In order of preference where a folder has several.
 TABLE_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv")
 
+_NUMBERED = re.compile(r"(?P<before>.*)-(?P<number>\d{5})-of-(?P<of>\d{5})(?P<after>\.\w+)")
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -105,10 +106,37 @@ def find_tables(folder: Path, config: str | None, split: str) -> list[Path]:
         Files in the order of their rows; empty where there are none.
 
     Raises:
-        DataError: the README's head or a ``state.json`` is damaged.
+        DataError: the README's head or a ``state.json`` is damaged, or one of several files that
+            are numbered is missing.
     """
-    if not folder.is_dir():
-        return []
+    found = _found_tables(folder, config, split) if folder.is_dir() else []
+    _require_whole(found)
+    return found
+
+
+def _require_whole(files: Sequence[Path]) -> None:
+    """Numbered files, "test-00000-of-00002.parquet", must all be there, and in one numbering."""
+    sets: dict[tuple[Path, str, str], dict[int, set[int]]] = {}
+    for path in files:
+        if match := _NUMBERED.fullmatch(path.name):
+            kind = (path.parent, match["before"], match["after"])
+            sets.setdefault(kind, {}).setdefault(int(match["of"]), set()).add(int(match["number"]))
+    for (folder, before, after), numbered in sets.items():
+        (of, there), *others = numbered.items()
+        if others:
+            raise DataError(
+                f"{folder} has files {before}-…{after} of {of} and of {others[0][0]}: keep those "
+                "of one version"
+            )
+        lost = [number for number in range(of) if number not in there]
+        if lost:
+            raise DataError(
+                f"{folder} lacks {before}-{lost[0]:05d}-of-{of:05d}{after} ({len(lost)} of {of} "
+                "files are missing): download them again"
+            )
+
+
+def _found_tables(folder: Path, config: str | None, split: str) -> list[Path]:
     declared = _declared_patterns(folder / "README.md", config, split)
     if declared is not None:
         try:

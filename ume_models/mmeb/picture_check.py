@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from ume_models.errors import ItemError
 from ume_models.processing.config import FETCH_MAX_PIXELS, FETCH_MIN_PIXELS, ImageConfig
 from ume_models.processing.items import MediaSource
-from ume_models.processing.media import decode_rgb
+from ume_models.processing.media import decode_rgb, regular_file
 from ume_models.processing.resize import MAX_ASPECT_RATIO, fetch_size
 
 Wrong = tuple[Literal["missing", "damaged"], str]
@@ -80,7 +80,7 @@ def _look(source: bytes | str | Path, decode: bool) -> tuple[Wrong | None, _Size
 
 
 def _opened(source: bytes | str | Path) -> BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+    return io.BytesIO(source) if isinstance(source, bytes) else regular_file(source)
 
 
 def _head_and_end(source: bytes | str | Path) -> tuple[bool, _Size]:

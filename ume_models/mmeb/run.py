@@ -42,6 +42,7 @@ from ume_models.mmeb.results import RunFolder
 from ume_models.mmeb.scoring import Scorer, first_few, summarise_folder
 from ume_models.mmeb.settings import EvalOptions
 from ume_models.mmeb.summary import Summary
+from ume_models.mmeb.table_files import changed_tables, note_tables
 from ume_models.mmeb.tasks import Task
 from ume_models.mmeb.team import LoneTeam, Team, TeamError
 from ume_models.store import Manifest, lock_folder, unlock_folder
@@ -94,11 +95,13 @@ def evaluate(
             or what is to be written does not fit on its disk.
         TeamError: another process has failed or died.
         OSError: the disk is full or not writable.
-        ValueError: there are no tasks, or the model was loaded without ``empty="reference"``.
+        ValueError: there are no tasks, they are not those of one benchmark, or the model was loaded
+            without ``empty="reference"``.
     """
     tasks, data, output = list(tasks), Path(data), Path(output)
     if not tasks or not all(isinstance(task, Task) for task in tasks):
         raise ValueError('tasks must be Tasks: select_tasks(benchmark("MMEB-v2"), names=["CIRR"])')
+    _require_a_benchmark(tasks)
     if model.processor.empty != "reference":
         raise ValueError(
             'load the model with empty="reference": some candidates have empty texts, which the '
@@ -125,6 +128,20 @@ def evaluate(
     except BaseException as error:
         team.fail(str(error) or type(error).__name__)
         raise
+
+
+def _require_a_benchmark(tasks: Sequence[Task]) -> None:
+    names = sorted({task.benchmark for task in tasks})
+    if len(names) > 1:
+        raise ValueError(f"tasks of {' and '.join(names)}: evaluate one benchmark at a time")
+    known = {task.name for task in benchmark(names[0])}
+    seen: set[str] = set()
+    for task in tasks:
+        if task.name not in known:
+            raise ValueError(f"{task.name!r} is no task of {names[0]}; `ume eval --list` has them")
+        if task.name in seen:
+            raise ValueError(f"the task {task.name} is given twice")
+        seen.add(task.name)
 
 
 class _Member:
@@ -165,6 +182,7 @@ class _Member:
             self.results.discard(task)
         listings = self._list(read)
         settings.remove_conclusions(self.output)
+        note_tables(self.output, read)
         where, wanted = places(listings), needed_keys(read, listings)
         device = self.model.device.type
         sizes = self.options.shard_sizes or SHARD_SIZES.get(device, SHARD_SIZES["cpu"])
@@ -255,7 +273,6 @@ class _Member:
                 before = len(keys.missing)
                 listing = list_task(data, keys)
                 absent += [f"{data.task.name}: {path}" for path in keys.missing[before:]]
-                write_listing(self.output, listing)
                 listings.append(listing)
                 if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
                     keys.save()
@@ -267,6 +284,8 @@ class _Member:
                 first_few(f"{len(absent)} media files are missing", absent)
                 + "\n--on-error skip goes on without their tasks; ume eval --check tells everything"
             )
+        for listing in listings:  # not before: the scores that are there are of the old ones
+            write_listing(self.output, listing)
         return listings
 
     def _require_space(self, plan: Plan, read: Sequence[TaskData]) -> None:
@@ -309,6 +328,8 @@ class _Member:
     def _conclude(self, manifest: Mapping[str, Any], missing: Mapping[str, str]) -> Summary:
         asked = {*manifest["tasks"]}
         tasks = [task for task in benchmark(manifest["benchmark"]) if task.name in asked]
+        others = asked - {task.name for task in self.tasks}
+        missing = {**changed_tables(self.output, others), **missing}
         summary = summarise_folder(self.results, tasks, missing)
         text = json.dumps(summary.to_json(), ensure_ascii=False, indent=1) + "\n"
         write_atomically(self.output / "summary.json", text.encode())

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from ume_models.atomic import remove_leftovers, write_atomically
 from ume_models.errors import StoreError
-from ume_models.mmeb.dataset import ReadOptions
-from ume_models.mmeb.keys import Kind
+from ume_models.mmeb.dataset import ReadOptions, require_one_of
+from ume_models.mmeb.keys import KINDS, Kind
+from ume_models.mmeb.table_files import TABLE_FILES
 
 FORMAT = "ume-eval"
 FORMAT_VERSION = 1
@@ -22,6 +23,11 @@ MANIFEST = "run.json"
 # Told for the reader's sake; another value of these gives the same results.
 _INFORMATIVE = frozenset({"model", "tasks", "data", "versions"})
 _CONCLUSIONS = ("summary.json", "summary.md", "report.html")
+
+
+Mode: TypeAlias = Literal["gen", "disc", "last"]
+OnError: TypeAlias = Literal["stop", "skip"]
+LEAST_TOP = 10
 
 
 @dataclass(frozen=True)
@@ -38,15 +44,27 @@ class EvalOptions:
         on_error: "stop" at the first item or task that cannot be used, or "skip": a task with
             one is listed as missing and the others go on.
         shard_sizes: items per shard of each input class, None for those of the device.
+
+    Raises:
+        ValueError: a value is none of these.
     """
 
-    mode: Literal["gen", "disc", "last"] = "gen"
+    mode: Mode = "gen"
     batch_tokens: int | None = None
     workers: int = 2
     top: int = 100
     legacy_ndcg: bool = False
-    on_error: Literal["stop", "skip"] = "stop"
+    on_error: OnError = "stop"
     shard_sizes: Mapping[Kind, int] | None = None
+
+    def __post_init__(self) -> None:
+        require_one_of("mode", self.mode, get_args(Mode))
+        require_one_of("on_error", self.on_error, get_args(OnError))
+        if self.top < LEAST_TOP:  # measures look at the first ten places
+            raise ValueError(f"top must be at least {LEAST_TOP}, got {self.top}")
+        sizes = self.shard_sizes
+        if sizes is not None and not all(sizes.get(kind, 0) > 0 for kind in KINDS):
+            raise ValueError(f"shard_sizes needs a number above 0 for each of {', '.join(KINDS)}")
 
 
 def describe(
@@ -162,7 +180,7 @@ def _remove_results(folder: Path) -> None:
     """Remove what an evaluation wrote; stopped in between, the next run goes on removing."""
     path = folder / MANIFEST
     write_atomically(path, (json.dumps({"format": FORMAT, "replaced": True}) + "\n").encode())
-    for name in (*_CONCLUSIONS, "timing.json", "media.json"):
+    for name in (*_CONCLUSIONS, "timing.json", "media.json", TABLE_FILES):
         (folder / name).unlink(missing_ok=True)
     for task in _folders(folder / "tasks"):
         for name in ("items.json", "scores.json", "predictions.jsonl"):
@@ -170,6 +188,9 @@ def _remove_results(folder: Path) -> None:
         remove_leftovers(task, "")
     for store in _folders(folder / "embeddings"):
         if (store / "keys.json").is_file():
+            # The keys last: they tell that the folder is a store.
+            for rest in (*store.glob("shard-*"), *store.glob("manifest.json")):
+                rest.unlink()
             shutil.rmtree(store)
     for name in ("tasks", "embeddings"):
         for empty in [*_folders(folder / name), folder / name]:

@@ -53,6 +53,10 @@ def _answer(info: Any, id: str, task: Task, names: Container[str]) -> Query:
         labels = list(dict.fromkeys(labels))
     else:
         _check_grades(grades, labels)
+        judged = [pair for pair in zip(labels, grades, strict=True) if pair[1] > 0]
+        if not judged:  # a grade of zero is no answer
+            raise ValueError("all rel_scores are 0, so the query has no answer")
+        labels, grades = [label for label, _ in judged], [grade for _, grade in judged]
     own: list[str | int] = []
     if task.ranking == "local":
         own = _names("cand_names", info.get("cand_names"), names)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ume_kernels.version import __version__
 from ume_models.atomic import write_atomically
-from ume_models.errors import DataError
+from ume_models.errors import DataError, StoreError
 from ume_models.mmeb import settings
 from ume_models.mmeb.benchmarks import benchmark
 from ume_models.mmeb.dataset import ReadOptions
@@ -21,6 +21,7 @@ from ume_models.mmeb.scoring import summarise_folder
 from ume_models.mmeb.settings import EvalOptions
 from ume_models.mmeb.stored import read_stored, score_stored
 from ume_models.mmeb.summary import Summary
+from ume_models.mmeb.table_files import changed_tables, note_tables
 from ume_models.mmeb.tasks import Task
 from ume_models.store import LOCK_FILE, lock_folder, unlock_folder
 
@@ -63,6 +64,8 @@ def score_folder(
             f"{embeddings} lies in the output folder {output}, whose contents an evaluation may "
             "replace: choose another folder with -o"
         )
+    if output.is_file():
+        raise StoreError(f"{output} is a file: give the name of a folder with -o")
     output.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(output)
     try:
@@ -99,6 +102,8 @@ def score_folder(
                     stored, task, table, results, top=options.top, legacy_ndcg=options.legacy_ndcg
                 )
                 progress.scored(score)
+                if table is not None:
+                    note_tables(output, [table])
             except DataError as error:
                 results.discard(task.name)
                 if options.on_error == "stop":
@@ -113,7 +118,8 @@ def score_folder(
             )
         asked = {*manifest["tasks"]}
         whole = [task for task in benchmark(manifest["benchmark"]) if task.name in asked]
-        summary = summarise_folder(results, whole, missing)
+        others = asked - {task.name for task in tasks}
+        summary = summarise_folder(results, whole, {**changed_tables(output, others), **missing})
         _write(output / "summary.json", summary.to_json())
         return summary
     finally:

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 
 from ume_models.errors import DataError
 from ume_models.processing.items import MediaSource
+
+# As the hub's readers see them; int() would also take "1_1".
+_INTEGER = re.compile(r"-?[0-9]+")
 
 
 class Table(ABC):
@@ -157,12 +161,10 @@ def _read_csv(path: Path) -> list[Mapping[str, Any]]:
             f"{path}, line {reader.line_num}, is not CSV ({error}); get the file again"
         ) from None
     for name in reader.fieldnames or ():
-        try:  # a column of integers is one in every other kind of table
-            numbers = [int(row[name]) for row in rows]
-        except (TypeError, ValueError):
-            continue
-        for row, number in zip(rows, numbers, strict=True):
-            row[name] = number
+        # A column of integers is one in every other kind of table.
+        if all(_INTEGER.fullmatch(row[name] or "") for row in rows):
+            for row in rows:
+                row[name] = int(row[name])
     return list(rows)
 
 

@@ -122,6 +122,7 @@ def select_tasks(
         chosen = [task for task in chosen if {task.name.lower(), task.group.lower()} & {*wanted}]
     if modalities:
         known = {task.modality for task in table}
+        modalities = [modality.strip().lower() for modality in modalities]
         for modality in modalities:
             if modality not in known:
                 raise DataError(_unknown("modality", modality, known))

@@ -63,7 +63,7 @@ def read_header(
         width, height = _open_size(io.BytesIO(source), max_image_pixels)
         return MediaHeader(height, width, _hash(b"file", source))
     try:
-        with _regular_file(source) as file:
+        with regular_file(source) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise ItemError("is an empty file (0 bytes); export or download it again")
             width, height = _open_size(file, max_image_pixels)
@@ -106,13 +106,13 @@ def decode_rgb(
         with _open(io.BytesIO(source), max_image_pixels) as image:
             return _to_rgb(image, through_jpeg)
     try:
-        with _regular_file(source) as file, _open(file, max_image_pixels) as image:
+        with regular_file(source) as file, _open(file, max_image_pixels) as image:
             return _to_rgb(image, through_jpeg)
     except (OSError, ValueError) as error:
         raise _file_error(error) from error
 
 
-def _regular_file(path: str | Path) -> BinaryIO:
+def regular_file(path: str | Path) -> BinaryIO:
     """The opened file; pipes and devices are refused, since reading them may never end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):

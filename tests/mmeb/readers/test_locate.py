@@ -154,6 +154,20 @@ def test_places_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert locate(source, tmp_path) == [tmp_path / place]
 
 
+def test_numbered_files_must_all_be_there(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path, f"data/test-{number:05d}-of-00003.parquet")
+    write(tmp_path, "data/train-00001-of-00002.parquet")  # of another split
+    assert len(find_tables(tmp_path, None, "test")) == 3
+    (tmp_path / "data/test-00001-of-00003.parquet").unlink()
+    with pytest.raises(DataError, match=r"data lacks test-00001-of-00003\.parquet \(1 of 3 files"):
+        find_tables(tmp_path, None, "test")
+    write(tmp_path, "data/test-00001-of-00003.parquet")
+    write(tmp_path, "data/test-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=r"test-….parquet of 1 and of 3: keep those of one version"):
+        find_tables(tmp_path, None, "test")
+
+
 def test_a_root_of_another_level_is_noticed(tmp_path: Path) -> None:
     tasks = [task for task in MMEB_V2 if task.name in ("CIRR", "MSR-VTT")]
     root = tmp_path / "MMEB-V2"

@@ -132,6 +132,9 @@ def test_columns_that_only_some_files_have(tmp_path: Path) -> None:
 def test_csv(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('video,answer,a0\r\n007,2,"one\ntwo, three"\r\n12,0,\r\n', encoding="utf-8")
+    names = tmp_path / "names.csv"
+    names.write_text("id\n1_1\n11\n")
+    assert [row["id"] for row in open_table([names]).rows("id")] == ["1_1", "11"]
     rows: list[dict[str, Any]] = list(open_table([path]).rows("answer", "a0", "video"))
     assert rows == [
         {"answer": 2, "a0": "one\ntwo, three", "video": 7},

@@ -134,7 +134,7 @@ def _whole_clip(name: str, text: str, folder: Path, videos: FrameFolders) -> Ite
 
 
 def _entries(row: Mapping[str, Any], column: str) -> Sequence[Mapping[str, Any]]:
-    clips = row[column] or []
+    clips = row[column]
     if not isinstance(clips, list) or not all(isinstance(clip, Mapping) for clip in clips):
         raise DataError(f"column {column!r} must hold lists of clips with their paths")
     return clips
