@@ -25,12 +25,11 @@ from ume_models.mmeb.locate import misplaced
 from ume_models.mmeb.readers import read_task
 from ume_models.mmeb.results import RunFolder
 from ume_models.mmeb.run import evaluate
-from ume_models.mmeb.settings import EvalOptions
+from ume_models.mmeb.settings import EvalOptions, held
 from ume_models.mmeb.summary import Summary
 from ume_models.mmeb.tasks import Task, select_tasks
 from ume_models.mmeb.team import Team, TeamError, TorchTeam, gather, local_device
 from ume_models.retrieval.gallery import Section
-from ume_models.store import lock_folder, unlock_folder
 
 MINIATURE = "miniature"
 _AGAIN = "What is done is kept: run the same command again, without --overwrite, to go on."
@@ -250,16 +249,12 @@ def _data_root(data: str, output: Path, team: Team) -> Path:
     root = output / MINIATURE
     if team.leads and not root.is_dir():
         messages().print(f"writing the miniature to {root}", markup=False)
-        output.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(output)
-        try:
+        with held(output):
             unfinished = output / f"{MINIATURE}-unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             # Without pyarrow the tables are in a form that needs none.
             write_miniature(unfinished, tables="parquet" if find_spec("pyarrow") else "jsonl")
             unfinished.rename(root)
-        finally:
-            unlock_folder(output, lock)
     return root
 
 

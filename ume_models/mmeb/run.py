@@ -39,13 +39,13 @@ from ume_models.mmeb.plan import SHARD_SIZES, Plan, Work, make_plan, open_store
 from ume_models.mmeb.predictions import least_prediction_bytes
 from ume_models.mmeb.progress import Pace, Progress
 from ume_models.mmeb.results import RunFolder
-from ume_models.mmeb.scoring import Scorer, first_few, summarise_folder
+from ume_models.mmeb.scoring import Scorer, conclude, first_few
 from ume_models.mmeb.settings import EvalOptions
 from ume_models.mmeb.summary import Summary
-from ume_models.mmeb.table_files import changed_tables, note_tables
+from ume_models.mmeb.table_files import note_tables
 from ume_models.mmeb.tasks import Task
 from ume_models.mmeb.team import LoneTeam, Team, TeamError
-from ume_models.store import Manifest, lock_folder, unlock_folder
+from ume_models.store import Manifest
 
 _NAMED = 5
 _SECONDS_UNTIL_SEEN = 90.0  # NFS remembers for up to 60 that a file is not there
@@ -115,14 +115,8 @@ def evaluate(
         if not team.leads:
             member.follow()
             return None
-        if output.is_file():
-            raise StoreError(f"{output} is a file: give the name of a folder with -o")
-        output.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(output)
-        try:
+        with settings.held(output):
             return member.lead(name, overwrite)
-        finally:
-            unlock_folder(output, lock)
     except TeamError:
         raise  # the others see for themselves
     except BaseException as error:
@@ -326,13 +320,7 @@ class _Member:
             time.sleep(_POLL_SECONDS)
 
     def _conclude(self, manifest: Mapping[str, Any], missing: Mapping[str, str]) -> Summary:
-        asked = {*manifest["tasks"]}
-        tasks = [task for task in benchmark(manifest["benchmark"]) if task.name in asked]
-        others = asked - {task.name for task in self.tasks}
-        missing = {**changed_tables(self.output, others), **missing}
-        summary = summarise_folder(self.results, tasks, missing)
-        text = json.dumps(summary.to_json(), ensure_ascii=False, indent=1) + "\n"
-        write_atomically(self.output / "summary.json", text.encode())
+        summary = conclude(self.results, manifest, self.tasks, missing)
         times = {kind: vars(stats) for kind, stats in self._pooled_times().items() if stats.batches}
         if times:
             write_atomically(

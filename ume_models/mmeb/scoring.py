@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
+from ume_models.atomic import write_atomically
 from ume_models.errors import DataError
+from ume_models.mmeb.benchmarks import benchmark
 from ume_models.mmeb.dataset import TaskData
 from ume_models.mmeb.embeddings import EmbeddingLookup
 from ume_models.mmeb.listing import Listing, answers_digest
@@ -16,6 +20,7 @@ from ume_models.mmeb.ranking import rank_task
 from ume_models.mmeb.results import RunFolder, TaskScore, score_task
 from ume_models.mmeb.settings import EvalOptions
 from ume_models.mmeb.summary import Summary, summarise
+from ume_models.mmeb.table_files import changed_tables
 from ume_models.mmeb.tasks import Task
 
 _NAMED = 5
@@ -129,24 +134,37 @@ class Scorer:
         self._results.discard(task)
 
 
-def summarise_folder(
-    folder: RunFolder, tasks: Sequence[Task], missing: Mapping[str, str] | None = None
+def conclude(
+    folder: RunFolder,
+    manifest: Mapping[str, Any],
+    evaluated: Sequence[Task],
+    missing: Mapping[str, str],
 ) -> Summary:
-    """The summary of what a folder holds.
+    """Sum up all tasks that were ever asked for in a folder, and write ``summary.json``.
 
     Args:
         folder: the results.
-        tasks: the tasks that were asked for, in the order of the table.
+        manifest: of the folder; its tasks are those that were asked for.
+        evaluated: the tasks of this run; the scores of others are those of earlier runs.
         missing: why tasks have no score.
+
+    Raises:
+        OSError: the summary cannot be written.
     """
-    missing = missing or {}
+    asked = {*manifest["tasks"]}
+    tasks = [task for task in benchmark(manifest["benchmark"]) if task.name in asked]
+    others = asked - {task.name for task in evaluated}
+    missing = {**changed_tables(folder.path, others), **missing}
     scores: dict[str, TaskScore] = {
         task.name: folder.score(task.name)
         for task in tasks
         if task.name not in missing and folder.finished(task.name)
     }
     values = {name: folder.values(name) for name in scores}
-    return summarise(tasks, scores, values, missing, folder.settings())
+    summary = summarise(tasks, scores, values, missing, folder.settings())
+    text = json.dumps(summary.to_json(), ensure_ascii=False, indent=1) + "\n"
+    write_atomically(folder.path / "summary.json", text.encode())
+    return summary
 
 
 def first_few(what: str, entries: Iterable[str]) -> str:

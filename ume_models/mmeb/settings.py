@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -16,6 +16,7 @@ from ume_models.errors import StoreError
 from ume_models.mmeb.dataset import ReadOptions, require_one_of
 from ume_models.mmeb.keys import KINDS, Kind
 from ume_models.mmeb.table_files import TABLE_FILES
+from ume_models.store import lock_folder, unlock_folder
 
 FORMAT = "ume-eval"
 FORMAT_VERSION = 1
@@ -101,6 +102,23 @@ def describe(
         "tasks": tasks,
         "versions": dict(versions),
     }
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """An output folder, made if missing, that no other process writes to within the block.
+
+    Raises:
+        StoreError: it is a file, or another process writes to it.
+    """
+    if folder.is_file():
+        raise StoreError(f"{folder} is a file: give the name of a folder with -o")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder)
+    try:
+        yield
+    finally:
+        unlock_folder(folder, lock)
 
 
 def joined(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any]:

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ume_kernels.version import __version__
-from ume_models.atomic import write_atomically
-from ume_models.errors import DataError, StoreError
+from ume_models.errors import DataError
 from ume_models.mmeb import settings
-from ume_models.mmeb.benchmarks import benchmark
 from ume_models.mmeb.dataset import ReadOptions
 from ume_models.mmeb.progress import Progress
 from ume_models.mmeb.readers import read_task
 from ume_models.mmeb.results import RunFolder
-from ume_models.mmeb.scoring import summarise_folder
+from ume_models.mmeb.scoring import conclude
 from ume_models.mmeb.settings import EvalOptions
 from ume_models.mmeb.stored import read_stored, score_stored
 from ume_models.mmeb.summary import Summary
-from ume_models.mmeb.table_files import changed_tables, note_tables
+from ume_models.mmeb.table_files import note_tables
 from ume_models.mmeb.tasks import Task
-from ume_models.store import LOCK_FILE, lock_folder, unlock_folder
+from ume_models.store import LOCK_FILE
 
 
 def score_folder(
@@ -64,11 +60,7 @@ def score_folder(
             f"{embeddings} lies in the output folder {output}, whose contents an evaluation may "
             "replace: choose another folder with -o"
         )
-    if output.is_file():
-        raise StoreError(f"{output} is a file: give the name of a folder with -o")
-    output.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(output)
-    try:
+    with settings.held(output):
         manifest = settings.describe(
             package_version=__version__,
             model=str(embeddings.absolute()),
@@ -116,14 +108,7 @@ def score_folder(
                 "TASK/queries.npy, or TASK_qry and TASK_tgt (TASK_gen_qry and TASK_gen_tgt) as the "
                 "official evaluations write them"
             )
-        asked = {*manifest["tasks"]}
-        whole = [task for task in benchmark(manifest["benchmark"]) if task.name in asked]
-        others = asked - {task.name for task in tasks}
-        summary = summarise_folder(results, whole, {**changed_tables(output, others), **missing})
-        _write(output / "summary.json", summary.to_json())
-        return summary
-    finally:
-        unlock_folder(output, lock)
+        return conclude(results, manifest, tasks, missing)
 
 
 def _files_digest(folder: Path, output: Path) -> str:
@@ -142,7 +127,3 @@ def _files_digest(folder: Path, output: Path) -> str:
             name = path.relative_to(folder).as_posix()
             state.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
     return state.hexdigest()[:32]
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
