@@ -13,8 +13,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-NEEDED = ("torch", "numpy", "triton", "pytest", "hypothesis", "safetensors")
-"""The last three are the tests' own; safetensors holds the recorded cases."""
+NEEDED = ("torch", "numpy", "triton", "pytest", "pytest-xdist", "hypothesis", "safetensors")
+"""The last four are the tests' own; safetensors holds the recorded cases."""
 
 ABSENT = ("transformers", "tokenizers", "PIL", "rich", "typer", "faiss", "sklearn")
 
@@ -75,5 +75,6 @@ def run_tests(target: Path, report: Path, arguments: list[str], root: Path) -> i
         raise SystemExit(f"{', '.join(seen)} can be imported although nothing should provide it")
     print("\nwithout transformers", flush=True)
     selected = arguments or list(TESTS)
-    command = [*python, "-m", "pytest", "-m", SELECTED, f"--junitxml={report}", *selected]
+    # Workers of pytest-xdist would be started without -S.
+    command = [*python, "-m", "pytest", "-n0", "-m", SELECTED, f"--junitxml={report}", *selected]
     return subprocess.run(command, cwd=root, env=environment, check=False).returncode
