@@ -28,7 +28,7 @@ from benchmarks.gpu.timing import Timing
 from benchmarks.roofline import MODELS, Operation, load, main
 from benchmarks.scale import VARIABLE
 from ume_kernels import MoETransition
-from ume_kernels.moe_transition.cpu import moe_transition_cpu
+from ume_kernels.moe_transition.composed import moe_transition_composed
 from ume_models.backbone.config import BackboneConfig
 from ume_models.backbone.text import TextModel
 from ume_models.backbone.vision import VisionModel
@@ -80,7 +80,7 @@ def test_adapter_operations(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     module = MoETransition(32).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        moe_transition_cpu(torch.randn(rows, 32), None, 0, module.weights(), 2)
+        moe_transition_composed(torch.randn(rows, 32), None, 0, module.weights(), 2)
     assert Adapter().work(32, rows).operations == counter.get_total_flops()
 
 

@@ -1,4 +1,4 @@
-"""When the C++ kernels of ``ume_kernels._C`` can run on CPU matrices."""
+"""When the C++ kernels of ``ume_kernels._C``, and what is composed around them, can run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ MISSING = Obstacle(
     remedy=native.remedy,
 )
 NO_VECTORS = Obstacle("the processor has neither AVX2 nor AVX-512", soft=True)
+
+
+def composed_check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
+    """Why the backend ``composed`` cannot run, or None; the first tensor decides."""
+    first = tensors[0] if tensors else None
+    if first is None or first.is_cpu:
+        return None
+    return Obstacle(f"its tensors are on {first.device.type}")
 
 
 def check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:

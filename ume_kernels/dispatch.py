@@ -38,7 +38,9 @@ class Backend(str, Enum):
     """Ways to run an operation."""
 
     TORCH = "torch"
-    """Eager PyTorch: the reference, and what runs everywhere."""
+    """Plain PyTorch and nothing of ours: the reference, and what runs everywhere."""
+    COMPOSED = "composed"
+    """PyTorch on the CPU around other operations (``linear``), each with its own choice."""
     NATIVE = "native"
     """C++ for the CPU, in ``ume_kernels._C``."""
     TRITON = "triton"
@@ -81,6 +83,11 @@ class OpReport:
     remedy: str | None = None
 
 
+def needs_grad(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether autograd follows a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def always(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
     """The check of a backend that runs everywhere."""
     return None
@@ -88,13 +95,18 @@ def always(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
 
 # An operation registers itself from its package.
 _OPERATIONS: dict[str, dict[Backend, Check]] = {}
+_OPERANDS: dict[str, int] = {}
 
 
-def register(op: str, backends: Mapping[Backend, Check]) -> None:
-    """Declare the backends of `op`, best first. The last must be one that runs everywhere."""
+def register(op: str, backends: Mapping[Backend, Check], operands: int = 0) -> None:
+    """Declare the backends of `op`, best first. The last must be one that runs everywhere.
+
+    `operands` is the least number of tensors that the checks take, when they get any.
+    """
     if not backends:
         raise ValueError(f"operation {op!r} needs at least one backend")
     _OPERATIONS[op] = dict(backends)
+    _OPERANDS[op] = operands
 
 
 def operations() -> Mapping[str, Sequence[Backend]]:
@@ -222,19 +234,15 @@ def explain(
     operation; with `tensors` too (all that the operation has, in its order, None for those left
     out) for a call with them and `backend`.
 
-    BackendError as ``select`` raises it for such a call: unknown names, or `backend` or
-    ``UME_BACKEND`` asks for what cannot run.
+    BackendError as ``select`` raises it for such a call (unknown names, or `backend` or
+    ``UME_BACKEND`` asks for what cannot run), or for too few tensors.
     """
     if op is None:
         return [_report(name, (), None) for name in _OPERATIONS]
-    try:
-        return _report(op, tensors, backend)
-    except BackendError:
-        raise
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, ValueError) as error:
-        raise BackendError(
-            f"these {len(tensors)} tensors are not the operands of {op!r}, in its order: {error!r}"
-        ) from error
+    least = _OPERANDS.get(op, 0)
+    if tensors and len(tensors) < least:
+        raise BackendError(f"{op!r} has at least {least} operands, not {len(tensors)}")
+    return _report(op, tensors, backend)
 
 
 def _report(

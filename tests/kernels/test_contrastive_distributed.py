@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from ume_kernels import native
 from ume_kernels.contrastive_loss import (
     contrastive_loss,
     contrastive_loss_reference,
@@ -62,6 +63,7 @@ def test_all_ranks(world: int, tmp_path: Path) -> None:
         an_empty_list_is_no_list,
         bad_input_raises_everywhere,
         inside_a_subgroup,
+        torch_runs_no_kernel_of_ours,
     ]
     if world == 2:
         jobs = [recorded_official_cases, *jobs]
@@ -328,6 +330,22 @@ def inside_a_subgroup(rank: int, world: int) -> None:
             for a, b in ((q, p), (p, q))
         ]
         torch.testing.assert_close(got, sum(parts) / 2, rtol=1e-9, atol=1e-10)
+
+
+def torch_runs_no_kernel_of_ours(rank: int, world: int) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("a native kernel ran")
+
+    q, p = (x[rows_of(rank, world)] for x in inputs(world, torch.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in vars(native.module).items() if native.module else ():
+            if callable(value):
+                patch.setattr(native.module, name, refuse)
+        for options in ({}, {"ring": True}, {"local_loss": False}):
+            run(q, p, backend="torch", **options)
+            patch.setenv("UME_BACKEND", "contrastive_loss:torch")
+            run(q, p, **options)
+            patch.delenv("UME_BACKEND")
 
 
 @pytest.mark.parametrize("ring", [False, True])

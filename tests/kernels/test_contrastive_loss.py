@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -292,7 +292,6 @@ def test_sixteen_bits_accumulate_in_float32(dtype: torch.dtype, backend: str) ->
         assert relative(got, wanted) <= torch.finfo(dtype).eps
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 12),
     more=st.integers(0, 9),

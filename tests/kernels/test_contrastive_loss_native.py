@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ume_kernels import native as native_module
@@ -231,7 +231,6 @@ def test_zero_rows_have_the_gradient_of_normalize() -> None:
     assert_agrees(problem)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 80), m=st.integers(1, 80), d=st.integers(1, 40), offset=st.integers(-5, 5),
     isa=st.sampled_from(ISAS), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),

@@ -145,7 +145,7 @@ def test_every_option_equals_the_definition(option, normalize):
     run(37, 70, 20, 5, options, normalize)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=settings.default.max_examples // 6)
 @given(
     n=st.integers(1, 45),
     m=st.integers(1, 45),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ume_kernels import DecoderLayerWeights, LayerShape, decode_layer, decode_step, rope_table
-from ume_kernels.decode.reference import ragged_attention
+from ume_kernels.decode.reference import decode_layer_reference, ragged_attention
+from ume_kernels.dispatch import BackendError
 
 
 def make_layer(width=48, heads=4, kv_heads=2, dim=16, inner=96, dtype=torch.float32):
@@ -36,7 +37,6 @@ def table(dim: int, positions: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     return rope_table(positions, 10000.0 ** (-torch.arange(0, dim, 2).float() / dim))
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 20), min_size=1, max_size=5),
     queries=st.integers(1, 8),
@@ -124,6 +124,22 @@ def test_rows_do_not_see_each_other_or_the_unused_arena():
             hidden[one], step, keys[one].clone(), values[one].clone(), weights, shape
         )
         torch.testing.assert_close(together[one], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_composed_equals_the_definition(dtype, close):
+    torch.manual_seed(2)
+    weights, shape = make_layer(dtype=dtype)
+    step = decode_step(torch.tensor([3, 7, 1]), 2, 9, table(16), shape, dtype)
+    hidden = torch.randn(3, 2, 48).to(dtype)
+    arena = torch.randn(2, 3, 2, 32, 16).to(dtype)
+    expected_arena = arena.clone()
+    got = decode_layer(hidden, step, *arena, weights, shape, backend="composed")
+    expected = decode_layer_reference(hidden, step, *expected_arena, weights, shape)
+    torch.testing.assert_close(got, expected, rtol=close, atol=close)
+    torch.testing.assert_close(arena, expected_arena, rtol=close, atol=close)
+    with pytest.raises(BackendError, match="meta"):
+        decode_layer(hidden.to("meta"), step, *arena, weights, shape, backend="composed")
 
 
 def test_wrong_arguments_are_named():

@@ -85,7 +85,7 @@ def run_both(lengths, queries, shape, width, inner, dtype=torch.float32, bias=Tr
     return out
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=5),
     queries=st.integers(1, 8),
@@ -156,7 +156,7 @@ def test_every_shipped_row_class_is_exercised():
     assert any(rows > limits[-1] for rows in reached)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4),
     queries=st.integers(1, 3),

@@ -82,7 +82,7 @@ def test_hard_obstacle_raises() -> None:
 @pytest.mark.parametrize("value", ["tpu", "toy:tpu"])
 def test_unknown_backend_lists_the_valid_ones(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("UME_BACKEND", value)
-    with pytest.raises(BackendError, match="'tpu'; valid ones are torch, native, triton, cuda"):
+    with pytest.raises(BackendError, match="'tpu'; valid ones are torch, "):
         dispatch.select("toy", ONE)
 
 
@@ -121,9 +121,21 @@ def test_a_malformed_list_is_named(monkeypatch: pytest.MonkeyPatch, value: str) 
         dispatch.select("toy", ONE)
 
 
-def test_wrong_operands_of_explain_are_named() -> None:
-    with pytest.raises(BackendError, match="not the operands of 'decode'"):
+def test_too_few_operands_of_explain_are_named() -> None:
+    with pytest.raises(BackendError, match="'decode'"):
         dispatch.explain("decode", ONE)
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, KeyError, ValueError])
+def test_a_bug_in_a_check_looks_like_one(error: type[Exception]) -> None:
+    def broken(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
+        raise error("ours")
+
+    dispatch.register("toy", {Backend.NATIVE: broken, Backend.TORCH: dispatch.always})
+    for ask in (dispatch.explain, dispatch.select):
+        with pytest.raises(error, match="ours") as caught:
+            ask("toy", ONE)
+        assert caught.type is error
 
 
 def test_no_backend_left() -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.nn.utils import prune
 
 from ume_kernels import MoETransition, moe_transition
+from ume_kernels.dispatch import BackendError
 from ume_kernels.moe_transition import moe_transition_reference
 from ume_kernels.moe_transition.reference import route
 
@@ -99,7 +101,6 @@ def plain_loop(module: MoETransition, z, context, step, excluded):
     return torch.stack(rows)
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 9),
     width=st.sampled_from([16, 48, 80]),
@@ -130,7 +131,7 @@ def test_bfloat16_stays_within_twice_the_reference_error():
     narrow = module.to(torch.bfloat16)
     wide.load_state_dict({k: v.float() for k, v in narrow.state_dict().items()})
     z, context = torch.randn(2, 16, 256, dtype=torch.bfloat16).unbind(0)
-    truth, _ = wide(z.float(), 3, context.float())
+    truth, _ = moe_transition_reference(z.float(), context.float(), 3, wide.weights(), 2)
     fast, _ = moe_transition(z, context, 3, narrow.weights(), 2)
     eager, _ = moe_transition_reference(z, context, 3, narrow.weights(), 2)
     error = (eager.float() - truth).abs().max()
@@ -213,22 +214,59 @@ def test_weights_of_a_wrong_shape_are_named():
         call(replace(listed, step_embed=listed.step_embed[:0]))
 
 
-def test_a_wrapped_expert_is_an_error_not_left_out():
+def test_a_wrapped_layer_is_an_error_not_left_out():
     class Adapted(torch.nn.Linear):
         def forward(self, x):
             return super().forward(x) + 1
 
-    for name in ("experts.1", "experts.1.fc1", "shared_expert"):
+    for name in ("experts.1", "experts.1.fc1", "shared_expert", "router", "ln", "step_embed"):
         module = MoETransition(16)
         inner = module.get_submodule(name)
         module.set_submodule(
             name, Adapted(16, 32) if name.endswith("fc1") else torch.nn.Sequential(inner)
         )
-        with pytest.raises(TypeError, match=r"^(experts.1|shared_expert) is a .*Merge the wrapper"):
+        with pytest.raises(TypeError, match=rf"^{name} is a .*Merge the wrapper"):
             module(torch.randn(2, 16), 0)
-        if name != "shared_expert":
-            with pytest.raises(TypeError, match=r"experts\.1 is a"):
+        if name.startswith("experts"):
+            with pytest.raises(TypeError, match=r"experts\.1.* is a"):
                 module.pack_experts()
+
+
+def test_a_weight_that_a_call_would_compute_is_an_error():
+    for name in ("experts.1.fc1", "router"):
+        module = MoETransition(16)
+        prune.l1_unstructured(module.get_submodule(name), "weight", 0.5)
+        with pytest.raises(TypeError, match=f"^{name} is a Linear with a computed weight"):
+            module(torch.randn(2, 16), 0)
+        prune.remove(module.get_submodule(name), "weight")
+        module(torch.randn(2, 16), 0)
+
+
+def test_whatever_way_packed_weights_change_they_are_read_anew():
+    torch.manual_seed(0)
+    z = torch.randn(4, 16)
+    module = MoETransition(16).requires_grad_(False).pack_experts()
+    fc1 = [expert.fc1 for expert in module.experts]
+
+    def replaced_module():
+        module.experts[1].fc1 = torch.nn.Linear(16, 32).requires_grad_(False)
+
+    changes = [
+        lambda: fc1[0].weight.data.mul_(2),
+        lambda: setattr(fc1[1].weight, "data", torch.randn(32, 16)),
+        lambda: setattr(fc1[2], "weight", torch.nn.Parameter(torch.randn(32, 16), False)),
+        lambda: [setattr(one.weight, "data", torch.randn(32, 16)) for one in fc1],
+        lambda: module.load_state_dict(MoETransition(16).state_dict(), assign=True),
+        lambda: module.to(torch.float64).to(torch.float32),
+        lambda: torch.nn.init.normal_(module.router.weight.data),
+        replaced_module,
+    ]
+    for change in changes:
+        module(z, 0)
+        change()
+        zero = torch.zeros(4, dtype=torch.long)
+        wanted = plain_loop(module, z, torch.zeros(4, 16), zero, ())
+        torch.testing.assert_close(module(z, 0)[0], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_packing_survives_copies_and_assignment():
@@ -265,6 +303,21 @@ def test_autocast_without_gradients():
         with torch.no_grad():
             got = module(z, 0)[0]
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_composed_runs_or_says_why_not():
+    module = MoETransition(32)
+    z = torch.randn(2, 32)
+
+    def call():
+        return moe_transition(z, None, 0, module.weights(), 2, backend="composed")[0]
+
+    with pytest.raises(BackendError, match="gradient"):
+        call()
+    expected, _ = moe_transition_reference(z, None, 0, module.requires_grad_(False).weights(), 2)
+    torch.testing.assert_close(call(), expected)
+    with torch.autocast("cpu"), pytest.raises(BackendError, match="autocast"):
+        call()
 
 
 def test_the_reference_gives_ties_to_the_lowest_index():

@@ -21,7 +21,7 @@ pytestmark = [
 
 DTYPES = {torch.float32: (1e-6, 1e-6), torch.float16: (1e-3, 1e-3)}
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=settings.default.max_examples // 2)
 dtypes = st.sampled_from(list(DTYPES))
 seeds = st.integers(0, 99)
 

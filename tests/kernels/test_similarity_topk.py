@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -66,7 +66,6 @@ def same(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[Any, Any]) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 9),
     candidates=st.integers(1, 700),
@@ -97,7 +96,6 @@ def test_small_integers_rank_exactly_as_numpy_with_many_ties(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 7),
     candidates=st.integers(1, 300),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ume_kernels import native
@@ -293,7 +293,6 @@ def test_nothing_to_scan_changes_nothing() -> None:
     assert kernels.scan_segments(q[:0], c, none, none[:0], 2)[0].shape == (0, 2)
 
 
-@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_problem(data: st.DataObject) -> None:
     queries = data.draw(st.integers(1, 70))

@@ -87,7 +87,7 @@ def test_full_buffers_are_cut(cuts, k, step):
     assert cuts() > 0
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(
     queries=st.integers(1, 40),
     n=st.integers(1, 150),

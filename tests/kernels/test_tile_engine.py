@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ume_kernels import native
@@ -174,7 +174,6 @@ def test_no_inner_dimension_is_zero(isa: str) -> None:
     assert torch.equal(multiply(torch.zeros(5, 0), torch.zeros(9, 0), isa), torch.zeros(5, 9))
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     m=st.integers(1, 70),
     n=st.integers(1, 90),

@@ -16,6 +16,10 @@ import torch
 from ume_kernels import dispatch, triton_backend
 from ume_kernels.dispatch import Backend, BackendError, Obstacle
 
+if importlib.util.find_spec("triton"):
+    # It decides once whether it interprets: not while a test here has the variable unset.
+    import triton.language  # noqa: F401
+
 HERE = Path(__file__).parent
 PLAIN = torch.zeros(2)
 

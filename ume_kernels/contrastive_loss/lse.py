@@ -91,6 +91,7 @@ dispatch.register(
         Backend.NATIVE: _native_check,
         Backend.TORCH: dispatch.always,
     },
+    operands=2,
 )
 
 

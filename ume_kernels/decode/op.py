@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ume_kernels import dispatch, triton_backend
+from ume_kernels import cpu_backend, dispatch, triton_backend
 from ume_kernels.decode.reference import (
     DecodeStep,
     attend_cache_reference,
@@ -15,6 +15,7 @@ from ume_kernels.decode.reference import (
 )
 from ume_kernels.decode.weights import DecoderLayerWeights, LayerShape
 from ume_kernels.dispatch import Backend, Obstacle
+from ume_kernels.linear import linear
 
 MAX_NEW_TOKENS = 64
 MAX_KERNEL_TOKENS = 8
@@ -34,7 +35,7 @@ def _check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
     assert values is not None
     if any(t is not None and t.dtype != x.dtype for t in tensors):
         return Obstacle("hidden states, arena and weights differ in dtype")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if dispatch.needs_grad(tensors):
         return Obstacle("it has no backward and a gradient is needed")
     queries = x.shape[1]
     if queries > MAX_KERNEL_TOKENS:
@@ -58,7 +59,15 @@ def _check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
     return triton_backend.check("decode", tensors)
 
 
-dispatch.register("decode", {Backend.TRITON: _check, Backend.TORCH: dispatch.always})
+dispatch.register(
+    "decode",
+    {
+        Backend.TRITON: _check,
+        Backend.COMPOSED: cpu_backend.composed_check,
+        Backend.TORCH: dispatch.always,
+    },
+    operands=3,
+)
 
 
 def _flat(w: DecoderLayerWeights) -> tuple[torch.Tensor | None, ...]:
@@ -129,7 +138,9 @@ def _layer(
         return decode_layer_reference(hidden, step, keys, values, weights, step.shape)
 
     chosen = dispatch.select("decode", hidden, keys, values, *_flat(weights), backend=backend)
-    if chosen is not Backend.TRITON:
+    if chosen is Backend.COMPOSED:
+        return decode_layer_reference(hidden, step, keys, values, weights, step.shape, linear)
+    if chosen is Backend.TORCH:
         return reference()
     return triton_backend.attempt("decode", kernels, reference, backend, hidden.device)
 
@@ -220,9 +231,7 @@ def _traced(tensors: Sequence[torch.Tensor | None]) -> bool:
 
     A graph that needs gradients is PyTorch's.
     """
-    return torch.compiler.is_compiling() and not (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    )
+    return torch.compiler.is_compiling() and not dispatch.needs_grad(tensors)
 
 
 def attend_cache(

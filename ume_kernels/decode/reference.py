@@ -3,12 +3,14 @@
     h' = h + W_o attn(RoPE(W_q n), cache ++ RoPE(W_k n), cache ++ W_v n),   n = RMSNorm(h)
     y  = h' + W_d (silu(W_g m) * W_u m),                                    m = RMSNorm(h')
 
-The parts (``rms_norm``, ``project_qkv``, ``apply_rope``, ``mlp``) are those of the prefill as
-well: both compute a layer as transformers' Qwen2-VL decoder does, rounding where it rounds.
+It computes a layer as transformers' Qwen2-VL decoder does, rounding where it rounds. What takes
+a ``linear`` takes its matrix products from there: PyTorch's own here, those of the dispatched
+``ume_kernels.linear`` in the backend ``composed``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,15 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from ume_kernels.decode.weights import DecoderLayerWeights, LayerShape
-from ume_kernels.linear import linear
+from ume_kernels.linear import reference as plain
+from ume_kernels.prefill.reference import apply_rope, rms_norm_reference, silu_mul_reference
 
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``weight * (x / sqrt(mean(x²) + eps))`` over the last axis, statistics in float32.
-
-    The normalised value is rounded to the type of ``x`` before the weight, as in transformers.
-    """
-    return weight * F.rms_norm(x, x.shape[-1:], eps=eps)
+Linear = Callable[..., torch.Tensor]
+"""``(x, weight, bias or nothing)`` to ``x weightᵀ + bias``."""
 
 
 def rope_table(
@@ -44,14 +42,11 @@ def rope_table(
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate halves: ``x * cos + cat(-x2, x1) * sin``; ``cos``/``sin`` broadcast over heads."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
 def project_qkv(
-    normed: torch.Tensor, w: DecoderLayerWeights, shape: LayerShape
+    normed: torch.Tensor,
+    w: DecoderLayerWeights,
+    shape: LayerShape,
+    linear: Linear = plain.linear,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``[…, D]`` to q ``[…, H, dh]``, k and v ``[…, Hkv, dh]``, before RoPE."""
     lead = normed.shape[:-1]
@@ -61,10 +56,15 @@ def project_qkv(
     return q, k, v
 
 
-def mlp(hidden: torch.Tensor, w: DecoderLayerWeights, shape: LayerShape) -> torch.Tensor:
+def mlp(
+    hidden: torch.Tensor,
+    w: DecoderLayerWeights,
+    shape: LayerShape,
+    linear: Linear = plain.linear,
+) -> torch.Tensor:
     """``hidden + W_d (silu(W_g m) * W_u m)`` with ``m = RMSNorm(hidden)``."""
-    m = rms_norm(hidden, w.post_norm, shape.rms_eps)
-    gated = F.silu(linear(m, w.gate_weight)) * linear(m, w.up_weight)
+    m = rms_norm_reference(hidden, w.post_norm, shape.rms_eps)
+    gated = silu_mul_reference(linear(m, w.gate_weight), linear(m, w.up_weight))
     return hidden + linear(gated, w.down_weight)
 
 
@@ -248,6 +248,7 @@ def decode_layer_reference(
     values: torch.Tensor,
     weights: DecoderLayerWeights,
     shape: LayerShape,
+    linear: Linear = plain.linear,
 ) -> torch.Tensor:
     """Run one layer over ``Q`` new tokens per row and append their keys and values.
 
@@ -257,17 +258,18 @@ def decode_layer_reference(
         keys, values: ``[B, Hkv, C, dh]`` this layer's cache, written in place at
             ``step.slots``; row r is slot r.
         weights, shape: the layer.
+        linear: its matrix products.
 
     Returns:
         ``[B, Q, D]``.
     """
     batch, queries, _ = hidden.shape
-    normed = rms_norm(hidden, weights.input_norm, shape.rms_eps)
-    q, k, v = project_qkv(normed, weights, shape)
+    normed = rms_norm_reference(hidden, weights.input_norm, shape.rms_eps)
+    q, k, v = project_qkv(normed, weights, shape, linear)
     q = apply_rope(q, step.cos, step.sin)
     keys[step.rows, :, step.slots] = apply_rope(k, step.cos, step.sin)
     values[step.rows, :, step.slots] = v
     length = step.visible.shape[-1]
     mixed = ragged_attention(q, keys[:, :, :length], values[:, :, :length], step.visible)
     hidden = hidden + linear(mixed.reshape(batch, queries, -1), weights.o_weight)
-    return mlp(hidden, weights, shape)
+    return mlp(hidden, weights, shape, linear)

@@ -87,7 +87,9 @@ def _native_check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
     return None
 
 
-dispatch.register("linear", {Backend.NATIVE: _native_check, Backend.TORCH: dispatch.always})
+dispatch.register(
+    "linear", {Backend.NATIVE: _native_check, Backend.TORCH: dispatch.always}, operands=3
+)
 
 
 def _run_native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -152,9 +154,7 @@ def linear(
     """
     if torch.compiler.is_compiling():
         # The native choice is taken when the graph runs; a graph that needs gradients is PyTorch's.
-        needs_grad = torch.is_grad_enabled() and (
-            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        )
+        needs_grad = dispatch.needs_grad((x, weight, bias))
         if backend is None and not needs_grad and _is_ours(x) and not _cast_away(x):
             return _linear_op(x, weight, bias)
         return reference.linear(x, weight, bias)

@@ -85,9 +85,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _runs(z: Tensor, strict: bool) -> bool:
-    """Whether to try the kernels: insisted on, or nothing is in their way."""
-    wanted = strict or requested(NAME) is Backend.TRITON
-    return wanted or triton_backend.check(NAME, (z,)) is None
+    """Whether to try the kernels: insisted on, or nothing is in their way and nobody insists."""
+    wanted = Backend.TRITON if strict else requested(NAME)
+    if wanted is None:
+        return triton_backend.check(NAME, (z,)) is None
+    return wanted is Backend.TRITON
 
 
 def _otherwise(

@@ -29,18 +29,25 @@ class ExpertMLP(nn.Module):
         return self.fc2(nn.functional.dropout(hidden, self.dropout, self.training))
 
 
-def _linears(name: str, module: nn.Module) -> tuple[nn.Linear, nn.Linear]:
-    """Both layers of an expert, if their parameters are all there is to it."""
-    linears = (module.fc1, module.fc2) if isinstance(module, ExpertMLP) else None
-    if not linears or any(type(linear).forward is not nn.Linear.forward for linear in linears):
-        inside = [type(linear).__name__ for linear in linears or ()]
+def _read(name: str, module: nn.Module, kind: type[nn.Module]) -> Any:
+    """``module``, if its parameters are all there is to it: they are read, it is not called."""
+    # Older weight_norm and prune write a weight that is not a parameter before every call.
+    stale = module._forward_pre_hooks and not vars(module).keys().isdisjoint(("weight", "bias"))
+    if stale or type(module).forward is not kind.forward:
         raise TypeError(
-            f"{name} is a {type(module).__name__}{inside or ''}, not an ExpertMLP of two "
-            "nn.Linear: its parameters are read and its forward is not called, so what wraps it "
-            "would be lost. Merge the wrapper into the weights (LoRA: merge_and_unload) or take "
-            "it off"
+            f"{name} is a {type(module).__name__}{' with a computed weight' if stale else ''}, not "
+            f"a plain {kind.__name__}: its parameters are read and its forward is not called, so "
+            "what wraps it would be lost. Merge the wrapper into the weights (LoRA: "
+            "merge_and_unload) or take it off"
         )
-    return linears
+    return module
+
+
+def _linears(name: str, module: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+    """Both layers of an expert."""
+    expert = _read(name, module, ExpertMLP)
+    fc1, fc2 = (_read(f"{name}.{n}", getattr(expert, n), nn.Linear) for n in ("fc1", "fc2"))
+    return fc1, fc2
 
 
 def _repack(module: nn.Module, _: Any = None) -> None:
@@ -55,9 +62,9 @@ class MoETransition(nn.Module):
 
     Constructor arguments, state-dict keys and the ``(output, aux)`` result are those of the
     official module (``VLM2Vec/src/model/latent_moe.py``), so it takes its place and its
-    checkpoints. Experts are read, not called: their forward hooks do not run (but while dropout
-    acts), and a wrapped expert is an error. The kernels take at most 16 experts and a width that
-    is a multiple of 16; PyTorch runs others.
+    checkpoints. Layers are read, not called: their forward hooks do not run (but those of experts
+    while dropout acts), and a wrapped layer is an error. The kernels take at most 16 experts and a
+    width that is a multiple of 16; PyTorch runs others.
 
     Args:
         hidden_size: width D of the latent state.
@@ -70,7 +77,7 @@ class MoETransition(nn.Module):
 
     Raises:
         ValueError: fewer experts remain after exclusion than ``top_k``.
-        TypeError: when used or packed, an expert is not an ``ExpertMLP`` of two ``nn.Linear``.
+        TypeError: when used or packed, a layer is not the plain one that was built.
     """
 
     _router_exclude_mask: torch.Tensor
@@ -186,25 +193,27 @@ class MoETransition(nn.Module):
         """The parameters as the functional op takes them; no copy.
 
         Raises:
-            TypeError: an expert is not an ``ExpertMLP`` of two ``nn.Linear``, but wraps one, say.
+            TypeError: a layer is not the plain one that was built, but wraps it, say.
         """
         shared = None
         if self.shared_expert is not None:
             fc1, fc2 = _linears("shared_expert", self.shared_expert)
             shared = SharedExpert(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         experts = self._experts()
+        ln = _read("ln", self.ln, nn.LayerNorm)
+        router = _read("router", self.router, nn.Linear)
         return MoEWeights(
-            self.ln.weight,
-            self.ln.bias,
-            self.step_embed.weight,
-            self.router.weight,
-            self.router.bias,
+            ln.weight,
+            ln.bias,
+            _read("step_embed", self.step_embed, nn.Embedding).weight,
+            router.weight,
+            router.bias,
             experts["fc1.weight"],
             experts["fc1.bias"],
             experts["fc2.weight"],
             experts["fc2.bias"],
             shared,
-            self.ln.eps,
+            ln.eps,
         )
 
     def forward(

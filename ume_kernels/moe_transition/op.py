@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from ume_kernels import dispatch, triton_backend
+from ume_kernels import cpu_backend, dispatch, triton_backend
 from ume_kernels.dispatch import Backend, Obstacle, select
-from ume_kernels.moe_transition.cpu import moe_transition_cpu
+from ume_kernels.moe_transition.composed import moe_transition_composed
 from ume_kernels.moe_transition.custom_ops import NAME, flat
 from ume_kernels.moe_transition.reference import moe_transition_reference
 from ume_kernels.moe_transition.weights import MoEWeights
@@ -23,14 +23,14 @@ Balance = Literal["batch", "sample"]
 
 
 def _triton_check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
-    """Whether the kernels run for ``(z, context, router weight)``."""
+    """Whether the kernels run for ``(z, context, router weight, …)``."""
     if tensors:
         z, router = tensors[0], tensors[2] if len(tensors) > 2 else None
         assert z is not None
         limit = _limit(z.shape[-1], 1 if router is None else router.shape[0])
         if limit is not None:
             return Obstacle(limit)
-    return triton_backend.check(NAME, tensors)
+    return triton_backend.check(NAME, tensors[:3])
 
 
 def _limit(width: int, experts: int) -> str | None:
@@ -41,7 +41,24 @@ def _limit(width: int, experts: int) -> str | None:
     return None
 
 
-dispatch.register(NAME, {Backend.TRITON: _triton_check, Backend.TORCH: dispatch.always})
+def _composed_check(tensors: Sequence[torch.Tensor | None]) -> Obstacle | None:
+    """Whether rows are gathered per expert, for ``z`` and whatever may need a gradient."""
+    if dispatch.needs_grad(tensors):
+        return Obstacle("it has no backward and a gradient is needed")
+    if torch.is_autocast_enabled("cpu"):
+        return Obstacle("autocast changes dtypes on the way, which only plain PyTorch follows")
+    return cpu_backend.composed_check(tensors)
+
+
+dispatch.register(
+    NAME,
+    {
+        Backend.TRITON: _triton_check,
+        Backend.COMPOSED: _composed_check,
+        Backend.TORCH: dispatch.always,
+    },
+    operands=1,
+)
 
 
 def _traced(
@@ -98,37 +115,32 @@ def moe_transition(
         BackendError: ``backend`` or ``UME_BACKEND`` asks for one that cannot run.
     """
     check_arguments(z, context, step, weights, top_k, excluded, balance)
-    used = [z, context, *_tensors(weights)]
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in used)
-    if _wants_triton(z, context, weights, backend):
-        name = "moe_transition_training" if needs_grad else "moe_transition"
+    used = (z, context, weights.router_weight, *_tensors(weights))
+    chosen = _choose(used, weights.num_experts, backend)
+    # Autocast of weights in another dtype, and no rows at all, are PyTorch's.
+    if chosen is Backend.TRITON and z.shape[0] > 0 and z.dtype == weights.router_weight.dtype:
+        name = "moe_transition_training" if dispatch.needs_grad(used) else "moe_transition"
         at = (step, 0) if isinstance(step, torch.Tensor) else (None, int(step))
         out, aux, *_ = getattr(torch.ops.ume, name)(
             z, context, *at, excluded, top_k, balance == "sample", backend is not None,
             *flat(weights),
         )  # fmt: skip
         return out, {"balance_loss": aux[0], "router_entropy": aux[1]}
-    # Gathering rows per expert depends on values, which a compiler cannot trace; autocast changes
-    # dtypes on the way, which only the reference follows.
-    gathers = z.is_cpu and not needs_grad
-    gathers &= not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-    run = moe_transition_cpu if gathers else moe_transition_reference
+    run = moe_transition_composed if chosen is Backend.COMPOSED else moe_transition_reference
     return run(z, context, step, weights, top_k, excluded, balance)
 
 
-def _wants_triton(
-    z: torch.Tensor,
-    context: torch.Tensor | None,
-    weights: MoEWeights,
-    backend: str | Backend | None,
-) -> bool:
-    if torch.compiler.is_compiling():
-        name = None if backend is None else str(backend)
-        triton = _traced(z.device, z.dtype, z.shape[1], weights.num_experts, name)
-    else:
-        triton = select(NAME, z, context, weights.router_weight, backend=backend) is Backend.TRITON
-    # Autocast of weights in another dtype, and no rows at all, are PyTorch's.
-    return triton and z.shape[0] > 0 and z.dtype == weights.router_weight.dtype
+def _choose(
+    tensors: Sequence[torch.Tensor | None], experts: int, backend: str | Backend | None
+) -> Backend:
+    if not torch.compiler.is_compiling():
+        return select(NAME, *tensors, backend=backend)
+    z = tensors[0]
+    assert z is not None
+    name = None if backend is None else str(backend)
+    # Gathering rows per expert depends on values, which a compiler cannot trace.
+    triton = _traced(z.device, z.dtype, z.shape[1], experts, name)
+    return Backend.TRITON if triton else Backend.TORCH
 
 
 def _tensors(weights: MoEWeights) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ume_kernels import dispatch, triton_backend
-from ume_kernels.dispatch import Backend, Check, Obstacle
+from ume_kernels.dispatch import Backend, Check, Obstacle, needs_grad
 from ume_kernels.prefill.reference import (
     rms_norm_reference,
     rope_append_reference,
@@ -30,10 +30,6 @@ _MIXED = Obstacle("its floating-point tensors are of different types")
 _TOO_WIDE = Obstacle(f"the kernel holds a row, at most {MAX_WIDTH} values or {MAX_HEADS} heads")
 
 
-def _needs_grad(tensors: Sequence[torch.Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _check(op: str) -> Check:
     """When the Triton kernel of ``op`` can run; the tensors are its operands of one dtype."""
 
@@ -45,7 +41,7 @@ def _check(op: str) -> Check:
         assert first is not None
         if any(t is not None and t.dtype != first.dtype for t in tensors):
             return _MIXED
-        if _needs_grad(tensors):
+        if needs_grad(tensors):
             return _GRAD
         if op == "rms_norm" and first.shape[-1] > MAX_WIDTH:
             return _TOO_WIDE
@@ -56,8 +52,10 @@ def _check(op: str) -> Check:
     return check
 
 
-for _op in ("rms_norm", "rope_append", "silu_mul"):
-    dispatch.register(_op, {Backend.TRITON: _check(_op), Backend.TORCH: dispatch.always})
+for _op, _operands in (("rms_norm", 2), ("rope_append", 5), ("silu_mul", 2)):
+    dispatch.register(
+        _op, {Backend.TRITON: _check(_op), Backend.TORCH: dispatch.always}, operands=_operands
+    )
 
 
 def _rms_norm(
@@ -116,7 +114,7 @@ def rms_norm(
     if not isinstance(eps, (int, float)):
         raise ValueError(f"eps must be a number, got {type(eps).__name__}")
     if torch.compiler.is_compiling():
-        if backend is None and x.is_cuda and not _needs_grad((x, weight)):
+        if backend is None and x.is_cuda and not needs_grad((x, weight)):
             return _rms_norm_op(x, weight, eps)
         return rms_norm_reference(x, weight, eps)
     return _rms_norm(x, weight, eps, backend)
@@ -236,7 +234,7 @@ def rope_append(
             raise ValueError(f"{name} must not be negative, got {int(index.min())}")
     arguments = (q, k, v, cos, sin, keys, values, slots, positions)
     if torch.compiler.is_compiling():
-        if backend is None and q.is_cuda and not _needs_grad(arguments):
+        if backend is None and q.is_cuda and not needs_grad(arguments):
             return _rope_append_op(*arguments)
         return rope_append_reference(*arguments)
     return _rope_append(arguments, backend)
@@ -299,7 +297,7 @@ def silu_mul(
     """
     _check_gate(gate, up)
     if torch.compiler.is_compiling():
-        if backend is None and gate.is_cuda and not _needs_grad((gate, up)):
+        if backend is None and gate.is_cuda and not needs_grad((gate, up)):
             return _silu_mul_op(gate, up)
         return silu_mul_reference(gate, up)
     return _silu_mul(gate, up, False, backend)
@@ -321,7 +319,7 @@ def silu_mul_(
     if gate is up:
         raise ValueError("gate and up are one tensor; silu_mul does not write into its input")
     if torch.compiler.is_compiling():
-        if backend is None and gate.is_cuda and not _needs_grad((gate, up)):
+        if backend is None and gate.is_cuda and not needs_grad((gate, up)):
             _silu_mul_inplace_op(gate, up)
             return gate
         return silu_mul_reference_(gate, up)

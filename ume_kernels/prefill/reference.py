@@ -10,15 +10,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ume_kernels.decode.reference import apply_rope
-from ume_kernels.decode.reference import rms_norm as rms_norm_reference
 
-__all__ = [
-    "rms_norm_reference",
-    "rope_append_reference",
-    "silu_mul_reference",
-    "silu_mul_reference_",
-]
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``weight * (x / sqrt(mean(x²) + eps))`` over the last axis, statistics in float32.
+
+    The normalised value is rounded to the type of ``x`` before the weight, as in transformers.
+    """
+    return weight * F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate halves: ``x * cos + cat(-x2, x1) * sin``; ``cos``/``sin`` broadcast over heads."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def _whole_heads(table: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

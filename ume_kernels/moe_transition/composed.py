@@ -1,4 +1,4 @@
-"""Latent transition on a CPU: only the experts that some row chose are read.
+"""Latent transition on a CPU around ``linear``: only the experts that some row chose are read.
 
 On a CPU a host read costs nothing, and a step is bound by reading expert weights, so rows
 are gathered per expert instead of masking the results of all of them.
@@ -14,7 +14,7 @@ from ume_kernels.moe_transition.reference import auxiliary, clamp_step, mix_expe
 from ume_kernels.moe_transition.weights import MoEWeights
 
 
-def moe_transition_cpu(
+def moe_transition_composed(
     z: torch.Tensor,
     context: torch.Tensor | None,
     step: int | torch.Tensor,
