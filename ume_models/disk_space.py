@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ume_models.errors import StoreError
+from ume_models.errors import ErrorKind, StoreError
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -22,7 +22,8 @@ def require_space(folder: Path, needed: int) -> None:
     if disk.total and disk.free < needed:  # some remote file systems tell no sizes
         raise StoreError(
             f"{folder} would get at least {_amount(needed)} more, and its disk has "
-            f"{_amount(disk.free)} free: make room, or choose another folder with -o"
+            f"{_amount(disk.free)} free: make room, or choose another folder with -o",
+            kind=ErrorKind.NO_SPACE,
         )
 
 

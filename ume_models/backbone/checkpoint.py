@@ -11,13 +11,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ume_models.atomic import replacing, write_atomically
-from ume_models.backbone.config import read_json
+from ume_models.backbone.fields import OBJECT, Rule, field, read_json, real
 from ume_models.errors import CheckpointError
 
 ADAPTER_PREFIX = "latent_moe_transition."
@@ -52,9 +53,10 @@ def weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         content = read_json(index)
         weight_map = content.get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+        shards = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not shards or any(not isinstance(n, str) or Path(n).name != n for n in shards):
             raise CheckpointError(f"{index}: no usable weight_map; download the file again")
+        names = sorted(set(shards))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -123,6 +125,8 @@ def read_state(directory: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+_RANK = real(1, 10**6)
+_ALPHA = real(-(10**6), 10**6)
 _LORA_KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$"
 )
@@ -139,7 +143,8 @@ def merge_lora(state: dict[str, torch.Tensor], directory: Path) -> None:
     Raises:
         CheckpointError: not a plain LoRA, or a module that the base does not have.
     """
-    config = read_json(directory / "adapter_config.json")
+    path = directory / "adapter_config.json"
+    config = read_json(path)
     unusual = config.get("use_dora") or config.get("fan_in_fan_out")
     if config.get("peft_type", "LORA") != "LORA" or unusual:
         raise CheckpointError(f"{directory}: only plain LoRA adapters can be merged")
@@ -173,20 +178,22 @@ def merge_lora(state: dict[str, torch.Tensor], directory: Path) -> None:
                 f"{directory}: LoRA for {module} has shapes {tuple(b.shape)} x {tuple(a.shape)}, "
                 f"but the weight is {tuple(weight.shape)}"
             )
-        rank = _pattern(config.get("rank_pattern"), module, config.get("r", a.shape[0]))
-        alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-        if not all(isinstance(v, (int, float)) for v in (rank, alpha)) or rank <= 0:
-            raise CheckpointError(
-                f"{directory}: adapter_config.json has r={rank!r}, lora_alpha={alpha!r}"
-            )
+        rank = field(config, str(path), "r", _RANK, a.shape[0])
+        rank = _pattern(config, path, "rank_pattern", _RANK, module, rank)
+        alpha = field(config, str(path), "lora_alpha", _ALPHA, rank)
+        alpha = _pattern(config, path, "alpha_pattern", _ALPHA, module, alpha)
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         state[f"{module}.weight"] = weight + ((b @ a) * scale).to(weight.dtype)
 
 
-def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    for pattern, value in (patterns or {}).items():
+def _pattern(
+    config: Mapping[str, Any], path: Path, name: str, rule: Rule, module: str, default: float
+) -> float:
+    """What PEFT's ``rank_pattern`` or ``alpha_pattern`` says of a module."""
+    patterns = field(config, str(path), name, OBJECT) if config.get(name) else {}
+    for pattern in patterns:
         if module == pattern or module.endswith("." + pattern):
-            return value
+            return float(field(patterns, f"{path}, {name}", pattern, rule))
     return default
 
 
@@ -200,13 +207,6 @@ def fit(
     """
     missing = [key for key in expected if key not in state]
     if missing:
-        adapter = [key for key in missing if key.startswith(ADAPTER_PREFIX)]
-        if len(adapter) == sum(key.startswith(ADAPTER_PREFIX) for key in expected) > 0:
-            raise CheckpointError(
-                f"{source}: no {ADAPTER_PREFIX}* tensors, so this is not a PLUME checkpoint; use "
-                "one trained with the latent adapter, or load(..., adapter=False) to feed hidden "
-                "states back unchanged"
-            )
         raise CheckpointError(
             f"{source}: {len(missing)} tensors are missing: {', '.join(missing[:4])}"
             + (" …" if len(missing) > 4 else "")

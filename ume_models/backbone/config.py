@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ume_models.backbone.fields import (
+    FLAG,
+    OBJECT,
+    field,
+    one_of,
+    read_json,
+    real,
+    several,
+    whole,
+)
 from ume_models.errors import CheckpointError
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
@@ -69,60 +79,46 @@ class BackboneConfig:
     raw: Mapping[str, Any]
 
 
-def _vision(raw: Mapping[str, Any], family: str, hidden_size: int) -> VisionConfig:
+def _vision(raw: Mapping[str, Any], source: str, family: str, hidden_size: int) -> VisionConfig:
+    get = partial(field, raw, f"{source}, vision_config")
+    patch_size = get("patch_size", whole(1, 1024), raw.get("spatial_patch_size", 14))
+    merge_size = get("spatial_merge_size", whole(1, 16), 2)
     common = {
-        "depth": raw.get("depth", 32),
-        "num_heads": raw.get("num_heads", 16),
-        "in_channels": raw.get("in_channels", raw.get("in_chans", 3)),
-        "patch_size": raw.get("patch_size", raw.get("spatial_patch_size", 14)),
-        "temporal_patch_size": raw.get("temporal_patch_size", 2),
-        "merge_size": raw.get("spatial_merge_size", 2),
+        "depth": get("depth", whole(1, MAX_LAYERS), 32),
+        "num_heads": get("num_heads", whole(), 16),
+        # More channels than those of RGB never come out of an image.
+        "in_channels": get("in_channels", whole(3, 3), raw.get("in_chans", 3)),
+        "patch_size": patch_size,
+        "temporal_patch_size": get("temporal_patch_size", whole(1, 64), 2),
+        "merge_size": merge_size,
     }
     if family == "qwen2_vl":
-        width = raw.get("embed_dim", 1280)
-        return VisionConfig(
+        width = get("embed_dim", whole(), 1280)
+        vision = VisionConfig(
             embed_dim=width,
-            intermediate_size=int(width * raw.get("mlp_ratio", 4)),
-            out_dim=raw.get("hidden_size", hidden_size),
-            hidden_act=raw.get("hidden_act", "quick_gelu"),
+            intermediate_size=int(width * get("mlp_ratio", real(1, 100), 4)),
+            out_dim=get("hidden_size", whole(), hidden_size),
+            hidden_act=get("hidden_act", one_of(VISION_ACTIVATIONS), "quick_gelu"),
             **common,
         )
-    return VisionConfig(
-        embed_dim=raw.get("hidden_size", 1280),
-        intermediate_size=raw.get("intermediate_size", 3420),
-        out_dim=raw.get("out_hidden_size", hidden_size),
-        hidden_act=raw.get("hidden_act", "silu"),
-        window_size=raw.get("window_size", 112),
-        full_attention_blocks=tuple(raw.get("fullatt_block_indexes", (7, 15, 23, 31))),
-        tokens_per_second=raw.get("tokens_per_second", 4),
-        **common,
-    )
-
-
-def _check_numbers(text: Mapping[str, Any], source: str) -> None:
-    """Raise CheckpointError unless the sizes are usable."""
-    required = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-    )
-    optional = ("num_key_value_heads", "max_position_embeddings")
-    for name in (*required, *(n for n in optional if n in text)):
-        value = text.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 10**7:
-            raise CheckpointError(f"{source}: {name} is {value!r}; it must be a positive integer")
-    if text["num_hidden_layers"] > MAX_LAYERS:
-        raise CheckpointError(
-            f"{source}: num_hidden_layers is {text['num_hidden_layers']}; at most {MAX_LAYERS}"
+    else:
+        blocks = get("fullatt_block_indexes", several(whole(0, MAX_LAYERS)), (7, 15, 23, 31))
+        vision = VisionConfig(
+            embed_dim=get("hidden_size", whole(), 1280),
+            intermediate_size=get("intermediate_size", whole(), 3420),
+            out_dim=get("out_hidden_size", whole(), hidden_size),
+            hidden_act=get("hidden_act", one_of(VISION_ACTIVATIONS), "silu"),
+            window_size=get("window_size", whole(patch_size * merge_size), 112),
+            full_attention_blocks=tuple(blocks),
+            tokens_per_second=get("tokens_per_second", real(0, 1000), 4),
+            **common,
         )
-    kv_heads = text.get("num_key_value_heads", text["num_attention_heads"])
-    if text["num_attention_heads"] % kv_heads:
+    if vision.embed_dim % (4 * vision.num_heads):
         raise CheckpointError(
-            f"{source}: {text['num_attention_heads']} query heads cannot share {kv_heads} "
-            "key/value heads"
+            f"{source}: vision_config has width {vision.embed_dim}, which {vision.num_heads} heads "
+            "cannot share in multiples of four; copy the file again"
         )
+    return vision
 
 
 def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> BackboneConfig:
@@ -131,18 +127,14 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Backbon
     Raises:
         CheckpointError: another architecture, or an option this package does not run.
     """
-    family = str(raw.get("model_type", ""))
+    family = raw.get("model_type", "")
     if family not in FAMILIES:
         raise CheckpointError(
             f"{source}: model_type is {family!r}; this package runs {' and '.join(FAMILIES)}"
         )
-    text: dict[str, Any] = {**raw, **(raw.get("text_config") or {})}
-    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise CheckpointError(
-            f"{source}: RoPE type {kind!r} is not supported (default and mrope are)"
-        )
+    text: dict[str, Any] = {**raw}
+    if raw.get("text_config") is not None:
+        text |= field(raw, source, "text_config", OBJECT)
     if text.get("use_sliding_window"):
         raise CheckpointError(
             f"{source}: use_sliding_window is not supported; the official models do not"
@@ -152,67 +144,63 @@ def parse_config(raw: Mapping[str, Any], source: str = "config.json") -> Backbon
             f"{source}: quantised checkpoints are not supported; use one in bfloat16, float16 or "
             "float32"
         )
-    _check_numbers(text, source)
-    heads = text["num_attention_heads"]
-    head_dim = text.get("head_dim") or text["hidden_size"] // heads
-    section = tuple(rope.get("mrope_section", (16, 24, 24)))
-    if len(section) != 3 or min(section) < 0 or 2 * sum(section) != head_dim:
-        raise CheckpointError(
-            f"{source}: mrope_section {section} does not add up to half of the head size {head_dim}"
-        )
+    get = partial(field, text, source)
     if text.get("hidden_act", "silu") != "silu":
         raise CheckpointError(
             f"{source}: hidden_act {text['hidden_act']!r} is not supported (silu is)"
         )
-    if not isinstance(raw.get("vision_config"), Mapping):
-        raise CheckpointError(f"{source}: vision_config is missing")
-    vision = _vision(raw["vision_config"], family, text["hidden_size"])
-    if (
-        vision.num_heads < 1
-        or vision.embed_dim % (4 * vision.num_heads)
-        or not 0 < vision.depth <= MAX_LAYERS
-        or vision.hidden_act not in VISION_ACTIVATIONS
-        or min(vision.patch_size, vision.merge_size, vision.temporal_patch_size) < 1
-    ):
-        raise CheckpointError(f"{source}: vision_config does not describe a Qwen2-VL vision tower")
+    heads = get("num_attention_heads", whole())
+    kv_heads = get("num_key_value_heads", whole(), heads)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{source}: {heads} query heads cannot share {kv_heads} key/value heads"
+        )
+    hidden_size = get("hidden_size", whole())
+    if text.get("head_dim") is None:
+        text["head_dim"] = hidden_size // heads
+    theta, section = _rope(text, source)
+    vision = field(raw, source, "vision_config", OBJECT)
     return BackboneConfig(
         family=family,
-        hidden_size=text["hidden_size"],
-        intermediate_size=text["intermediate_size"],
-        num_layers=text["num_hidden_layers"],
+        hidden_size=hidden_size,
+        intermediate_size=get("intermediate_size", whole()),
+        num_layers=get("num_hidden_layers", whole(1, MAX_LAYERS)),
         num_heads=heads,
-        num_kv_heads=text.get("num_key_value_heads", heads),
-        head_dim=head_dim,
-        rms_eps=float(text.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
-        mrope_section=(section[0], section[1], section[2]),
-        vocab_size=text["vocab_size"],
-        max_position_embeddings=text.get("max_position_embeddings", 32768),
-        tie_word_embeddings=bool(
-            raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        num_kv_heads=kv_heads,
+        head_dim=text["head_dim"],
+        rms_eps=float(get("rms_norm_eps", real(0, 1), 1e-6)),
+        rope_theta=theta,
+        mrope_section=section,
+        vocab_size=get("vocab_size", whole(1, 10**7)),
+        max_position_embeddings=get("max_position_embeddings", whole(1, 10**7), 32768),
+        tie_word_embeddings=field(
+            raw, source, "tie_word_embeddings", FLAG, text.get("tie_word_embeddings", False)
         ),
-        image_token_id=raw.get("image_token_id", 151655),
-        video_token_id=raw.get("video_token_id", 151656),
-        vision=vision,
+        image_token_id=field(raw, source, "image_token_id", whole(0, 10**7), 151655),
+        video_token_id=field(raw, source, "video_token_id", whole(0, 10**7), 151656),
+        vision=_vision(vision, source, family, hidden_size),
         raw=dict(raw),
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON, or is not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: file not found") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+def _rope(text: Mapping[str, Any], source: str) -> tuple[float, tuple[int, int, int]]:
+    """Base and M-RoPE section of the rotary embedding."""
+    name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+    rope = field(text, source, name, OBJECT) if text.get(name) else {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise CheckpointError(
+            f"{source}: RoPE type {kind!r} is not supported (default and mrope are)"
+        )
+    get = partial(field, rope, f"{source}, {name}")
+    head_dim = field(text, source, "head_dim", whole())
+    section = tuple(get("mrope_section", several(whole(0), 3), (16, 24, 24)))
+    if 2 * sum(section) != head_dim:
+        raise CheckpointError(
+            f"{source}: mrope_section {section} does not add up to half of the head size {head_dim}"
+        )
+    theta = get("rope_theta", real(1, 1e12), text.get("rope_theta", 1e6))
+    return float(theta), section
 
 
 def read_config(directory: Path) -> BackboneConfig:

@@ -1,0 +1,114 @@
+"""Fields of a checkpoint's JSON files, checked where they are read: nothing odd gets further."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ume_models.errors import CheckpointError
+
+_AGAIN = "compare the file with the original's, or copy it again"
+_MAX_DEPTH = 50  # what walks the content later may recurse; published files are 5 deep
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a field must be, in words and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+TEXT = Rule("a text", lambda value: isinstance(value, str))
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+OBJECT = Rule("an object", lambda value: isinstance(value, Mapping))
+
+
+def whole(low: int = 1, high: int = 10**6) -> Rule:
+    """A whole number in a range, both ends included."""
+    return Rule(
+        f"a whole number from {low} to {high}",
+        lambda value: type(value) is int and low <= value <= high,
+    )
+
+
+def real(low: float, high: float) -> Rule:
+    """A number in a range, both ends included; never NaN."""
+    return Rule(
+        f"a number from {low} to {high}",
+        lambda value: type(value) in (int, float) and low <= value <= high,
+    )
+
+
+def one_of(choices: Sequence[object]) -> Rule:
+    """One of a few values."""
+    return Rule(f"one of {', '.join(map(repr, choices))}", lambda value: value in choices)
+
+
+def several(rule: Rule, count: int | None = None) -> Rule:
+    """A list, where every entry is as ``rule`` says; ``count`` is its length, None for any."""
+    return Rule(
+        f"a list of {count or 'any number of'} entries, each {rule.words}",
+        lambda value: (
+            isinstance(value, (list, tuple))
+            and count in (None, len(value))
+            and all(map(rule.fits, value))
+        ),
+    )
+
+
+def field(
+    content: Mapping[str, Any], source: str, name: str, rule: Rule, default: Any = None
+) -> Any:
+    """The value of a field.
+
+    Args:
+        content: the object that has it.
+        source: the file and the place in it, for the message.
+        name: the field's.
+        rule: what it must be.
+        default: its value where it is absent. A ``null`` is a value.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    value = content.get(name, default)
+    if not rule.fits(value):
+        raise CheckpointError(
+            f"{source}: {name} is {reprlib.repr(value)}; it must be {rule.words}; {_AGAIN}"
+        )
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON, is nested too deeply, or is no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: file not found") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); {_AGAIN}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: expected a JSON object, found {type(content).__name__}; {_AGAIN}"
+        )
+    level: list[Any] = [content]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for value in level for inner in _inside(value)]
+    if level:
+        raise CheckpointError(f"{path}: nested more than {_MAX_DEPTH} levels deep; {_AGAIN}")
+    return content
+
+
+def _inside(value: Any) -> Sequence[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else ()
