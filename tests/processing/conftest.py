@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from ume_models.processing import ImageConfig, Processor
+from ume_models.embedders.plume_prompt import PlumePrompt
+from ume_models.processing import ImageConfig, MediaRules, Processor
 
 RECORDED = Path(__file__).parents[1] / "conformance" / "plume_tiny"
 
@@ -38,8 +40,19 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def processor(tokenizer: Any) -> Processor:
-    return Processor(tokenizer, ImageConfig())
+def make_processor(tokenizer: Any) -> Callable[..., Processor]:
+    """A function that makes a processor of PLUME's prompts and of given rules."""
+
+    def make(*, blank_image: bool = True, empty: Any = "error", **rules: Any) -> Processor:
+        template = PlumePrompt(tokenizer, blank_image=blank_image)
+        return Processor(tokenizer, template, ImageConfig(), MediaRules(**rules), empty=empty)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def processor(make_processor: Callable[..., Processor]) -> Processor:
+    return make_processor()
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ume_models.errors import CheckpointError
-from ume_models.processing import ImageConfig
+from ume_models.errors import CheckpointError, ErrorKind, OptionError
+from ume_models.processing import ImageConfig, MediaRules
 
 
 def write(directory: Path, data: Any, name: str = "preprocessor_config.json") -> Path:
@@ -20,36 +20,29 @@ def test_recorded_checkpoint(recorded_dir: Path) -> None:
     assert (config.patch_size, config.merge_size, config.temporal_patch_size) == (14, 2, 2)
     assert config.image_std == (0.26862954, 0.26130258, 0.27577711)
     assert config.rescale_factor == 1 / 255
-    assert (config.min_pixels, config.max_pixels) == (784, 50176)
-    assert (config.fetch_min_pixels, config.fetch_max_pixels) == (3136, 12845056)
+    assert config.stored_max_pixels == 50176
     assert (config.factor, config.patch_dim) == (28, 1176)
 
 
 @pytest.mark.parametrize(
-    "limits",
+    ("limits", "stored"),
     [
-        {"min_pixels": 3136, "max_pixels": 12845056},
-        {"size": {"shortest_edge": 3136, "longest_edge": 12845056}},
-        {},
+        ({"min_pixels": 3136, "max_pixels": 12845056}, 12845056),
+        ({"size": {"shortest_edge": 3136, "longest_edge": 50176}}, 50176),
+        ({}, None),
     ],
 )
-def test_official_limits_override_wider_ones_in_both_layouts(
-    tmp_path: Path, limits: dict[str, Any]
+def test_limit_of_the_checkpoint_in_both_layouts(
+    tmp_path: Path, limits: dict[str, Any], stored: int | None
 ) -> None:
-    config = ImageConfig.from_checkpoint(write(tmp_path, limits))
-    assert (config.min_pixels, config.max_pixels) == (784, 2359296)
+    assert ImageConfig.from_checkpoint(write(tmp_path, limits)).stored_max_pixels == stored
 
 
-@pytest.mark.parametrize(
-    "limits", [{"max_pixels": 50176}, {"size": {"shortest_edge": 784, "longest_edge": 50176}}]
-)
-def test_smaller_maximum_is_honoured(tmp_path: Path, limits: dict[str, Any]) -> None:
-    assert ImageConfig.from_checkpoint(write(tmp_path, limits)).max_pixels == 50176
-
-
-def test_explicit_limits_win(tmp_path: Path) -> None:
-    config = ImageConfig.from_checkpoint(write(tmp_path, {"max_pixels": 50176}), 3136, 100352)
-    assert (config.min_pixels, config.max_pixels) == (3136, 100352)
+def test_limits_that_the_caller_got_wrong_are_no_fault_of_the_file(tmp_path: Path) -> None:
+    images = ImageConfig.from_checkpoint(write(tmp_path, {}))
+    with pytest.raises(OptionError, match="max_pixels") as caught:
+        MediaRules().for_checkpoint(images, max_pixels=10)
+    assert caught.value.kind is ErrorKind.OPTION
 
 
 def test_image_part_of_the_transformers_5_file(tmp_path: Path) -> None:
@@ -66,13 +59,21 @@ def test_missing_file_names_the_remedy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "JSON"),
+        ("[" * 100_000, "JSON"),
         ([], "expected a JSON object"),
         ({"do_resize": False}, "do_resize"),
         ({"resample": 2}, "bicubic"),
-        ({"patch_size": "x"}, "invalid literal"),
-        ({"image_mean": [0.5]}, "three values"),
-        ({"max_pixels": 500}, "hold one token"),
+        ({"patch_size": "x"}, "patch_size"),
+        ({"patch_size": 10**30}, "patch_size"),
+        ({"temporal_patch_size": -2}, "temporal_patch_size"),
+        ({"image_mean": [0.5]}, "image_mean"),
+        ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std"),
+        ({"rescale_factor": None}, "rescale_factor"),
+        ({"max_pixels": 500}, "max_pixels"),
+        ({"size": {"longest_edge": [1]}}, "max_pixels"),
+        ({"size": 7}, "size"),
     ],
 )
 def test_unusable_file(tmp_path: Path, data: Any, message: str) -> None:

@@ -144,9 +144,22 @@ def test_exif_orientation_is_not_applied(noise: Any) -> None:
     assert decode_rgb(data).size == (60, 40)
 
 
-def test_transparency_is_dropped_not_blended() -> None:
-    image = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
+def test_transparency_is_dropped_or_rgba_is_laid_on_white() -> None:
+    image = Image.new("RGBA", (2, 2), (10, 20, 30, 51))
     assert np.asarray(decode_rgb(image))[0, 0].tolist() == [10, 20, 30]
+    blended = [round((part * 51 + 255 * 204) / 255) for part in (10, 20, 30)]
+    assert np.asarray(decode_rgb(image, on_white=True))[0, 0].tolist() == blended
+    grey = Image.new("LA", (2, 2), (10, 0))
+    assert np.asarray(decode_rgb(grey, on_white=True))[0, 0].tolist() == [10, 10, 10]
+
+
+def test_small_pictures_become_squares_in_their_own_mode() -> None:
+    image = Image.new("P", (20, 40), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    assert decode_rgb(image, square_below=20).size == (20, 40)
+    square = decode_rgb(image, square_below=21)
+    assert square.size == (42, 42)
+    assert np.unique(np.asarray(square).reshape(-1, 3), axis=0).tolist() == [[200, 100, 50]]
 
 
 def test_animation_gives_its_first_frame() -> None:

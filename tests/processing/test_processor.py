@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ume_models.embedders.plume_prompt import GENERATION_PROMPT, PlumePrompt
 from ume_models.errors import ItemError
-from ume_models.processing import ImageConfig, Item, Processor, media
-from ume_models.processing.prompt import GENERATION_PROMPT
+from ume_models.processing import ImageConfig, Item, MediaRules, Processor, media
 
 TENSORS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 CASES = [
@@ -44,15 +44,16 @@ def decoded_prompt(processor: Processor, ids: torch.Tensor) -> str:
 @pytest.mark.parametrize("as_bytes", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_recorded_inputs(
-    tokenizer: Any,
+    make_processor: Any,
     recorded_dir: Path,
     recorded_cases: dict[str, Any],
     recorded_tensors: dict[str, torch.Tensor],
     name: str,
     as_bytes: bool,
 ) -> None:
-    config = ImageConfig.from_checkpoint(recorded_dir / "checkpoint", fetch_min_pixels=None)
-    processor = Processor(tokenizer, config, multi_image="all", text_only_image=False)
+    processor = make_processor(
+        blank_image=False, multi_image="all", fetch_min_pixels=None, max_pixels=50176
+    )
     case = recorded_cases[name]
     files = [file for medium in case["media"] for file in medium["files"]]
     sources: list[Any] = [(recorded_dir / f).read_bytes() for f in files] if as_bytes else files
@@ -79,13 +80,11 @@ def test_recorded_inputs(
 
 @pytest.mark.compat
 def test_text_only_items_get_the_blank_image(
-    tokenizer: Any,
-    recorded_dir: Path,
+    make_processor: Any,
     recorded_cases: dict[str, Any],
     recorded_tensors: dict[str, torch.Tensor],
 ) -> None:
-    config = ImageConfig.from_checkpoint(recorded_dir / "checkpoint", fetch_min_pixels=None)
-    processor = Processor(tokenizer, config)
+    processor = make_processor(fetch_min_pixels=None, max_pixels=50176)
     (planned,) = processor.plan([{"text": recorded_cases["text_blank_image"]["text"]}])
     prepared = processor.load(planned)
     assert (planned.kind, planned.header, prepared.header) == ("text", "text", "text")
@@ -109,7 +108,7 @@ def test_blank_image_is_white_and_four_tokens_by_default(processor: Processor) -
     assert torch.equal(ours.pixel_values, theirs.pixel_values)  # type: ignore[arg-type]
     assert torch.equal(ours.input_ids, theirs.input_ids)
     assert (ours.header, theirs.header) == ("text", None)
-    pad = processor.template.pad_ids["image"]
+    pad = processor.pad_ids["image"]
     assert int((ours.input_ids == pad).sum()) == 4
 
 
@@ -136,12 +135,12 @@ def test_instruction_comes_first(processor: Processor, noise: Any) -> None:
         assert f"<|vision_end|>{text}\n<disc_emb>\n{GENERATION_PROMPT}<|im_end|>" in prompt
 
 
-def test_empty_item(tokenizer: Any, processor: Processor) -> None:
+def test_empty_item(make_processor: Any, processor: Processor) -> None:
     with pytest.raises(ItemError, match="item 1: is empty"):
         processor.plan([{"text": "a"}, {"text": ""}])
     with pytest.raises(ItemError, match="no text left"):
         processor.plan([{"text": "<|image_pad|> "}])
-    reference = Processor(tokenizer, ImageConfig(), empty="reference")
+    reference = make_processor(empty="reference")
     prepared = [reference.load(p) for p in reference.plan([{}, {"text": " "}])]
     assert "user\n  \n<disc_emb>" in decoded_prompt(reference, prepared[0].input_ids)
     assert prepared[0].pixel_values is None
@@ -150,20 +149,20 @@ def test_empty_item(tokenizer: Any, processor: Processor) -> None:
     assert prepared[1].header == "text"
 
 
-def test_multi_image_must_be_chosen(tokenizer: Any, processor: Processor, noise: Any) -> None:
+def test_multi_image_must_be_chosen(make_processor: Any, processor: Processor, noise: Any) -> None:
     images = [noise(56, 56), noise(84, 56, seed=1)]
     with pytest.raises(ItemError, match=r"multi_image='all'.*multi_image='first'"):
         processor.plan([{"images": images}])
-    (planned,) = Processor(tokenizer, ImageConfig(), multi_image="all").plan([{"images": images}])
+    (planned,) = make_processor(multi_image="all").plan([{"images": images}])
     assert planned.num_patches == 16 + 24
 
 
-def test_multi_image_first_is_the_official_quirk(tokenizer: Any, noise: Any) -> None:
+def test_multi_image_first_is_the_official_quirk(make_processor: Any, noise: Any) -> None:
     # The official collator joins all images, as JPEG, into one data URI; the first one survives.
     first = noise(56, 56)
     buffer = io.BytesIO()
     first.save(buffer, "JPEG")
-    processor = Processor(tokenizer, ImageConfig(), multi_image="first")
+    processor = make_processor(multi_image="first")
     quirk, through_jpeg, single = (
         processor.load(p)
         for p in processor.plan(
@@ -249,7 +248,7 @@ def test_file_that_changes_size_in_between(
         processor.load(planned)
 
 
-def test_digest(tokenizer: Any, processor: Processor, tmp_path: Path, noise: Any) -> None:
+def test_digest(make_processor: Any, processor: Processor, tmp_path: Path, noise: Any) -> None:
     data = png(noise(56, 56))
     (tmp_path / "a.png").write_bytes(data)
     (tmp_path / "b.png").write_bytes(data)
@@ -266,7 +265,7 @@ def test_digest(tokenizer: Any, processor: Processor, tmp_path: Path, noise: Any
     )
     assert base.digest == same.digest
     assert len({base.digest, *(o.digest for o in others)}) == 1 + len(others)
-    other = Processor(tokenizer, ImageConfig(max_pixels=50176))
+    other = make_processor(max_pixels=50176)
     assert other.plan([{"text": "t", "image": data}])[0].digest != base.digest
 
 
@@ -316,7 +315,9 @@ def test_pil_input_is_not_modified(processor: Processor, noise: Any) -> None:
 
 
 def test_pixel_limit_is_passed_on(tokenizer: Any, noise: Any) -> None:
-    processor = Processor(tokenizer, ImageConfig(), max_image_pixels=1000)
+    processor = Processor(
+        tokenizer, PlumePrompt(tokenizer), ImageConfig(), MediaRules(), max_image_pixels=1000
+    )
     with pytest.raises(ItemError, match="over the limit of 1000"):
         processor.plan([{"image": noise(100, 60)}])
 
@@ -341,11 +342,11 @@ def test_load_in_many_threads(processor: Processor, noise: Any) -> None:
                 assert torch.equal(got.pixel_values, want.pixel_values)
 
 
-def test_wrong_arguments(tokenizer: Any, processor: Processor) -> None:
+def test_wrong_arguments(make_processor: Any, processor: Processor) -> None:
     with pytest.raises(ValueError, match="multi_image"):
-        Processor(tokenizer, ImageConfig(), multi_image="both")  # type: ignore[arg-type]
+        make_processor(multi_image="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="empty"):
-        Processor(tokenizer, ImageConfig(), empty="skip")  # type: ignore[arg-type]
+        make_processor(empty="skip")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="on_error"):
         processor.plan([], on_error="ignore")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="into a list"):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import importlib
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ume_models.errors import ItemError
@@ -54,7 +54,6 @@ def transformers_smart_resize(*args: int) -> tuple[int, int]:
     min_pixels=st.sampled_from([784, 3136, 200704]),
     max_pixels=st.sampled_from([200704, 2359296, 12845056]),
 )
-@settings(deadline=None)
 @example(height=42, width=70, min_pixels=784, max_pixels=200704)  # halves round to even
 def test_model_size_is_that_of_transformers(
     height: int, width: int, min_pixels: int, max_pixels: int
@@ -74,3 +73,11 @@ def test_aspect_ratio_above_200_is_refused_and_200_is_not(size_of: object) -> No
 def test_a_side_never_shrinks_to_nothing() -> None:
     assert fetch_size(28, 5600, 28, 784, 7840) == (28, 1232)
     assert model_size(28, 5600, 28, 784, 7840) == (28, 1232)
+
+
+def test_extreme_shapes_by_rule() -> None:
+    assert fetch_size(10, 2001, 28, 784, 2359296, "cut") == (28, 1988)
+    assert fetch_size(29, 7000, 28, 784, 2359296, "cut") == (28, 5600)
+    square = model_size(2001, 2001, 28, 784, 2359296)
+    assert model_size(10, 2001, 28, 784, 2359296, "square") == square
+    assert model_size(10, 40, 28, 784, 2359296, "square") == (28, 28)

@@ -1,4 +1,4 @@
-"""Prompts and media to packed tensors, exactly as the official evaluation makes them."""
+"""Prompts and media to packed tensors, exactly as official evaluations make them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from ume_models.processing.items import Item, MediaSource, parse_item
 from ume_models.processing.jsonl import read_items
 from ume_models.processing.pool import prefetch
 from ume_models.processing.processor import PlannedItem, PreparedItem, Processor
-from ume_models.processing.prompt import GENERATION_PROMPT, PREFIX, SUFFIX
+from ume_models.processing.rules import MediaRules
+from ume_models.processing.template import Rendered, Template
 
 __all__ = [
-    "GENERATION_PROMPT",
-    "PREFIX",
-    "SUFFIX",
     "ImageConfig",
     "Item",
+    "MediaRules",
     "MediaSource",
     "PlannedItem",
     "PreparedItem",
     "Processor",
+    "Rendered",
+    "Template",
     "parse_item",
     "prefetch",
     "read_items",

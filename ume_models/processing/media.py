@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from ume_models.errors import ItemError
+from ume_models.errors import ErrorKind, ItemError
 from ume_models.processing.items import MediaSource
 
 DEFAULT_MAX_IMAGE_PIXELS = 2 * 89_478_485
@@ -81,11 +81,13 @@ def decode_rgb(
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     *,
     through_jpeg: bool = False,
+    on_white: bool = False,
+    square_below: int = 0,
 ) -> Image.Image:
     """Decode an image fully and convert it with Pillow's ``convert("RGB")``.
 
-    Transparency is dropped, not blended, and EXIF orientation is ignored: both as in the
-    reference. The result may be the caller's own object, so it must not be changed.
+    EXIF orientation is ignored, as in the reference. The result may be the caller's own object,
+    so it must not be changed.
 
     Truncated files raise, unlike in the official evaluation, which sets
     ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` for the whole process and embeds the grey rest. (If
@@ -96,18 +98,34 @@ def decode_rgb(
         max_image_pixels: larger images are refused before anything is decoded.
         through_jpeg: encode as JPEG with Pillow's default quality and decode again, unless the
             image has transparency: what the official evaluation does to multi-image inputs.
+        on_white: RGBA images are laid on white, as ``qwen_vl_utils`` does (and only those: other
+            modes with transparency lose it). False drops the alpha channel.
+        square_below: images with a side of fewer pixels become squares of twice that side, before
+            the conversion: what the official code of VLM2Vec does.
 
     Raises:
         ItemError: as :func:`read_header`, and for data that does not decode.
     """
+
+    def convert(image: Image.Image) -> Image.Image:
+        try:
+            image.load()
+            if min(image.size) < square_below:
+                image = image.resize((2 * square_below, 2 * square_below))
+            return _to_rgb(image, through_jpeg, on_white)
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders raise whatever they like on malformed data
+            raise _decode_error(error) from error
+
     if isinstance(source, Image.Image):
-        return _to_rgb(source, through_jpeg)
+        return convert(source)
     if isinstance(source, bytes):
         with _open(io.BytesIO(source), max_image_pixels) as image:
-            return _to_rgb(image, through_jpeg)
+            return convert(image)
     try:
         with regular_file(source) as file, _open(file, max_image_pixels) as image:
-            return _to_rgb(image, through_jpeg)
+            return convert(image)
     except (OSError, ValueError) as error:
         raise _file_error(error) from error
 
@@ -134,7 +152,7 @@ def _read_pil_header(image: Image.Image, max_image_pixels: int) -> MediaHeader:
     _check_area(width, height, max_image_pixels)
     try:
         pixels = image.tobytes()
-        palette = image.getpalette() if image.mode == "P" else None
+        palette = image.getpalette() if image.mode in ("P", "PA") else None
     except (OSError, ValueError, SyntaxError) as error:
         raise _decode_error(error) from error
     state = _hasher(b"pil")
@@ -161,7 +179,8 @@ def _open(file: BinaryIO, max_image_pixels: int) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ItemError(
             f"exceeds Pillow's own pixel limit ({error}); scale the image down, or, if you trust "
-            "it, raise both PIL.Image.MAX_IMAGE_PIXELS and max_image_pixels"
+            "it, raise both PIL.Image.MAX_IMAGE_PIXELS and max_image_pixels",
+            kind=ErrorKind.TOO_LARGE,
         ) from error
     except UnidentifiedImageError as error:
         raise ItemError(
@@ -185,24 +204,23 @@ def _check_area(width: int, height: int, max_image_pixels: int) -> None:
     if width * height > max_image_pixels:
         raise ItemError(
             f"has {width}x{height} = {width * height} pixels, over the limit of "
-            f"{max_image_pixels}; scale it down, or raise max_image_pixels if you trust it"
+            f"{max_image_pixels}; scale it down, or raise max_image_pixels if you trust it",
+            kind=ErrorKind.TOO_LARGE,
         )
 
 
-def _to_rgb(image: Image.Image, through_jpeg: bool) -> Image.Image:
-    try:
-        image.load()
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
-        if through_jpeg and not _has_alpha(image):
-            buffer = io.BytesIO()
-            rgb.save(buffer, format="JPEG")
-            rgb = Image.open(buffer)
-            rgb.load()
-        return rgb
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise whatever they like on malformed data
-        raise _decode_error(error) from error
+def _to_rgb(image: Image.Image, through_jpeg: bool, on_white: bool) -> Image.Image:
+    if on_white and image.mode == "RGBA":
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    if through_jpeg and not _has_alpha(image):
+        buffer = io.BytesIO()
+        rgb.save(buffer, format="JPEG")
+        rgb = Image.open(buffer)
+        rgb.load()
+    return rgb
 
 
 def _has_alpha(image: Image.Image) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from ume_models.errors import OptionError
+
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
@@ -35,7 +37,7 @@ def prefetch(
     in the consumer) cancels batches not yet begun and waits for those that have.
     """
     if workers < 0:
-        raise ValueError(f"workers must be at least 0, got {workers}")
+        raise OptionError(f"workers must be at least 0, got {workers}")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
     if workers == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -13,58 +13,30 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from ume_models.errors import CheckpointError, ItemError
+from ume_models.errors import CheckpointError, ErrorKind, ItemError, OptionError
 from ume_models.processing import media
 from ume_models.processing.config import ImageConfig
 from ume_models.processing.items import Item, MediaSource, parse_item
-from ume_models.processing.patches import (
-    ByteArray,
-    FloatArray,
-    make_patches,
-    normalise_table,
-    resize,
-)
-from ume_models.processing.prompt import (
-    EMPTY_TEXT,
+from ume_models.processing.patches import FloatArray
+from ume_models.processing.rules import MediaRules
+from ume_models.processing.template import (
+    IMAGE_PAD,
+    VIDEO_PAD,
     Layout,
     MediaKind,
-    PromptTemplate,
-    clean_text,
-    join_text,
+    Rendered,
+    Template,
 )
-from ume_models.processing.resize import fetch_size, model_size
-from ume_models.processing.tokens import Prompt, PromptTokenizer
+from ume_models.processing.tokens import PromptTokenizer
+from ume_models.processing.visuals import (
+    Decoded,
+    Grid,
+    VisualPlan,
+    VisualProcessor,
+    labelled,
+)
 
 ItemKind: TypeAlias = Literal["text", "image", "video"]
-Grid: TypeAlias = "tuple[int, int, int]"
-
-
-@dataclass(frozen=True)
-class VisualPlan:
-    """One visual block of a prompt: a still image (one frame) or a video.
-
-    Attributes:
-        sources: the frames; sizes and labels run parallel to it.
-        labels: names for error messages.
-        source_sizes: ``(height, width)`` as the headers say.
-        fetch_size: ``(height, width)`` after the first resize, ``None`` without fetch stage.
-        size: ``(height, width)`` after the second resize.
-        grid: patches along ``(time, height, width)``.
-        through_jpeg: see :func:`ume_models.processing.media.decode_rgb`.
-    """
-
-    sources: tuple[MediaSource, ...]
-    labels: tuple[str, ...]
-    source_sizes: tuple[tuple[int, int], ...]
-    fetch_size: tuple[int, int] | None
-    size: tuple[int, int]
-    grid: Grid
-    through_jpeg: bool = False
-
-    @property
-    def num_patches(self) -> int:
-        """Rows of pixel values: t · h · w."""
-        return self.grid[0] * self.grid[1] * self.grid[2]
 
 
 @dataclass(frozen=True)
@@ -124,55 +96,59 @@ class PreparedItem:
 
 
 class Processor:
-    """Turns items into model inputs exactly as the official evaluation does.
+    """Turns items into model inputs exactly as an official evaluation does.
 
     Args:
-        tokenizer: the checkpoint's tokenizer, with its chat template.
-        config: image geometry and limits.
-        multi_image: what to do with items of two or more images. ``None`` (default): refuse
-            them and name the choice. ``"all"``: a visual block for every image. ``"first"``: what
-            the official evaluation does, which keeps only the first one, after a JPEG round trip.
-        text_only_image: put the constant blank image in front of items without media, as the
-            official evaluation does.
-        empty: ``"error"``, or ``"reference"`` to embed an item without any content as the
-            official evaluation does (two spaces, no image).
+        tokenizer: the checkpoint's tokenizer.
+        template: the convention of prompts.
+        config: image geometry.
+        rules: the conventions of pixels, within the checkpoint's limits (``for_checkpoint``).
+        empty: ``"error"``, or ``"reference"`` to embed an item without any content as official
+            evaluations do (two spaces, no image).
         max_image_pixels: larger images are refused unread (decompression bombs).
 
     ``plan`` and ``load`` keep no state between calls; ``load`` may run in several threads.
 
     Raises:
-        CheckpointError: if the tokenizer lacks the chat template or one of the tokens.
+        CheckpointError: the tokenizer lacks one of the template's tokens.
     """
 
     def __init__(
         self,
         tokenizer: Any,
+        template: Template,
         config: ImageConfig,
+        rules: MediaRules,
         *,
-        multi_image: Literal["all", "first"] | None = None,
-        text_only_image: bool = True,
         empty: Literal["error", "reference"] = "error",
         max_image_pixels: int = media.DEFAULT_MAX_IMAGE_PIXELS,
     ) -> None:
-        if multi_image not in (None, "all", "first"):
-            raise ValueError(f"multi_image must be 'all', 'first' or None, got {multi_image!r}")
         if empty not in ("error", "reference"):
-            raise ValueError(f"empty must be 'error' or 'reference', got {empty!r}")
+            raise OptionError(f"empty must be 'error' or 'reference', got {empty!r}")
         self.tokenizer = tokenizer
+        self.template = template
         self.config = config
-        self.multi_image = multi_image
-        self.text_only_image = text_only_image
+        self.rules = rules
         self.empty = empty
         self.max_image_pixels = max_image_pixels
-        self.template = PromptTemplate(tokenizer)
-        self._tokens = PromptTokenizer(tokenizer, self.template)
-        self._table = normalise_table(config)
-        self._settings = repr(config).encode()
+        vocabulary = tokenizer.get_vocab()
+        missing = [t for t in (IMAGE_PAD, VIDEO_PAD, *template.tokens) if t not in vocabulary]
+        if missing:
+            raise CheckpointError(
+                f"the tokenizer lacks {', '.join(missing)}; use the tokenizer files that belong "
+                "to the checkpoint, not those of its base model"
+            )
+        self.pad_ids: dict[MediaKind, int] = {
+            "image": vocabulary[IMAGE_PAD],
+            "video": vocabulary[VIDEO_PAD],
+        }
+        self._tokens = PromptTokenizer(tokenizer)
+        self._visuals = VisualProcessor(config, rules, max_image_pixels)
+        self._settings = repr((config, rules)).encode()
 
         blank = Image.new("RGB", (28, 28), (255, 255, 255))
-        visual = self._plan_visual((blank,), ("the blank image",), ((28, 28),), False)
-        pixels, grid = self._load_visual(visual, {})
-        self._blank_visual = visual
+        self._blank_visual = self._visuals.plan((blank,), ("the blank image",), ((28, 28),))
+        pixels, grid = self._visuals.load(self._blank_visual, {})
         self._blank_pixels = torch.from_numpy(pixels)
         self._blank_grid = torch.tensor([grid], dtype=torch.int64, device="cpu")
 
@@ -203,7 +179,7 @@ class Processor:
             ItemError: for the first bad item, with ``on_error="raise"``.
         """
         if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+            raise OptionError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         if isinstance(items, (str, bytes, Mapping, Item)):
             raise TypeError("items must be a sequence of items; put a single item into a list")
         headers = _HeaderCache(self.max_image_pixels)
@@ -218,10 +194,14 @@ class Processor:
 
         good = [draft for draft in drafts if isinstance(draft, _Draft)]
         token_ids = self._tokens.encode(draft.prompt for draft in good)
-        return [
+        plans = [
             self._finish(draft, token_ids[draft.prompt]) if isinstance(draft, _Draft) else draft
             for draft in drafts
         ]
+        for plan in plans:
+            if plan.error is not None and on_error == "raise":
+                raise plan.error
+        return plans
 
     def load(self, planned: PlannedItem) -> PreparedItem:
         """Decode, resize and cut an item's media; thread-safe.
@@ -234,16 +214,16 @@ class Processor:
             raise planned.error
         if planned.token_ids is None:
             raise ValueError("planned item has no token ids; make it with Processor.plan")
-        decoded: dict[int | str, ByteArray] = {}
+        decoded: Decoded = {}
         parts: list[FloatArray] = []
         grids: list[Grid] = []
         try:
             for visual in planned.visuals:
-                pixels, grid = self._load_visual(visual, decoded)
+                pixels, grid = self._visuals.load(visual, decoded)
                 parts.append(pixels)
                 grids.append(grid)
         except ItemError as error:
-            raise ItemError(error.reason, planned.index, planned.id) from error
+            raise error.at(planned.index, planned.id) from error
 
         pixel_values: torch.Tensor | None = None
         grid_thw: torch.Tensor | None = None
@@ -268,6 +248,27 @@ class Processor:
             header=planned.header,
         )
 
+    def described(self) -> dict[str, Any]:
+        """Everything beside prompts that determines inputs; JSON-serialisable.
+
+        Conventions that are those of the time before profiles are left out, but for the ones that
+        were already written then, so that what was stored stays comparable.
+        """
+        always = ("min_pixels", "max_pixels", "fetch_min_pixels", "fetch_max_pixels")
+        rules, before = asdict(self.rules), asdict(MediaRules())
+        geometry = asdict(self.config)
+        del geometry["stored_max_pixels"]
+        multi_image = rules.pop("multi_image")
+        return {
+            "multi_image": multi_image,
+            "text_only_image": self.template.blank_image,
+            "empty": self.empty,
+            "images": {
+                **geometry,
+                **{k: v for k, v in rules.items() if k in always or v != before[k]},
+            },
+        }
+
     @property
     def blank_image(self) -> tuple[torch.Tensor, Grid]:
         """Patches and grid of the white image that stands before text-only prompts."""
@@ -288,47 +289,54 @@ class Processor:
             prompt, header = self._prompt(item, kind, len(sources))
             visuals, digests = self._plan_media(sources, kind, through_jpeg, headers)
         except ItemError as error:
-            raise ItemError(error.reason, index, item.id) from error
+            raise error.at(index, item.id) from error
         state = hashlib.blake2b(self._settings, digest_size=20)
-        for part in (
-            self.template.render(*prompt).encode(),
-            b"jpeg" if through_jpeg else b"",
-            *digests,
-        ):
+        for part in (str(prompt).encode(), b"jpeg" if through_jpeg else b"", *digests):
             state.update(len(part).to_bytes(8, "little"))
             state.update(part)
         return _Draft(index, item.id, kind, header, prompt, visuals, state.hexdigest())
 
     def _choose_media(self, item: Item) -> tuple[tuple[MediaSource, ...], ItemKind, bool]:
+        """What is looked at of an item's media, as what, and whether through JPEG."""
+        rules, images = self.rules, item.images
         if item.video is not None:
-            return item.video, "video", False
-        if len(item.images) < 2:
-            return item.images, "image" if item.images else "text", False
-        if self.multi_image is None:
+            if rules.clips == "refuse":
+                raise ItemError("is a video, which this model does not take; embed its frames")
+            frames = tuple(item.video[at] for at in rules.frame_positions(len(item.video)))
+            return frames, "image" if rules.clips == "middle" else "video", False
+        if len(images) < 2:
+            return images, "image" if images else "text", False
+        if rules.multi_image is None:
             raise ItemError(
-                f"has {len(item.images)} images; choose multi_image='all' (embed every image) or "
-                "multi_image='first' (only the first one, as the official evaluation does)"
+                f"has {len(images)} images; choose multi_image='all' (embed every image) or "
+                "multi_image='first' (only the first one, as the official evaluation does)",
+                kind=ErrorKind.NEEDS_CHOICE,
             )
-        if self.multi_image == "first":
-            return item.images[:1], "image", True
-        return item.images, "image", False
+        if rules.multi_image == "refuse":
+            raise ItemError(
+                f"has {len(images)} images, and this model takes one; embed them as several items"
+            )
+        if rules.multi_image == "first":
+            return images[:1], "image", True
+        if rules.multi_image == "middle":
+            return (images[len(images) // 2],), "image", False
+        return images, "image", False
 
     def _prompt(
         self, item: Item, kind: ItemKind, num_sources: int
-    ) -> tuple[Prompt, Literal["text"] | None]:
-        if item.is_empty:
-            return ((), EMPTY_TEXT), None
-        text = clean_text(join_text(item.instruction, item.text))
-        if kind == "video":
-            return (("video",), text), None
-        if kind == "image":
-            images: Layout = tuple("image" for _ in range(num_sources))
-            return (images, text), None
-        if not text and self.empty == "error":
+    ) -> tuple[Rendered, Literal["text"] | None]:
+        header: Literal["text"] | None = None
+        layout: Layout = ()
+        if item.video is not None:
+            layout = ("video",)
+        elif kind == "image":
+            layout = tuple("image" for _ in range(num_sources))
+        elif self.template.blank_image and not item.is_empty:
+            layout, header = ("image",), "text"
+        prompt = self.template.render(layout, item.instruction, item.text)
+        if kind == "text" and self.empty == "error" and not prompt.text.strip():
             raise ItemError("has no text left once visual placeholders and white space are removed")
-        if self.text_only_image:
-            return (("image",), text), "text"
-        return ((), text), None
+        return prompt, header
 
     def _plan_media(
         self,
@@ -347,67 +355,40 @@ class Processor:
         sizes = tuple((h.height, h.width) for h in found)
         digests = [h.digest for h in found]
         if kind == "video":
-            return (self._plan_visual(sources, labels, sizes, False),), digests
+            return (self._visuals.plan(sources, labels, sizes, clip=True),), digests
         return (
             tuple(
-                self._plan_visual((source,), (label,), (size,), through_jpeg)
+                self._visuals.plan((source,), (label,), (size,), through_jpeg=through_jpeg)
                 for source, label, size in zip(sources, labels, sizes, strict=True)
             ),
             digests,
         )
 
-    def _plan_visual(
-        self,
-        sources: tuple[MediaSource, ...],
-        labels: tuple[str, ...],
-        sizes: tuple[tuple[int, int], ...],
-        through_jpeg: bool,
-    ) -> VisualPlan:
-        config = self.config
-        fetched = [self._fetch_size(size, label) for size, label in zip(sizes, labels, strict=True)]
-        for size, label in zip(fetched, labels, strict=True):
-            if size != fetched[0]:
-                # transformers stacks the frames after the fetch stage and fails there as well
-                raise ItemError(
-                    f"{label} has another size than the first frame ({size[1]}x{size[0]}, not "
-                    f"{fetched[0][1]}x{fetched[0][0]}); crop or resize the frames to one size"
-                )
-        with _labelled(labels[0]):
-            size = model_size(*fetched[0], config.factor, config.min_pixels, config.max_pixels)
-        depth = config.temporal_patch_size
-        grid = (
-            -(-len(sources) // depth),
-            size[0] // config.patch_size,
-            size[1] // config.patch_size,
-        )
-        fetch = None if config.fetch_min_pixels is None else fetched[0]
-        return VisualPlan(sources, labels, sizes, fetch, size, grid, through_jpeg)
-
-    def _fetch_size(self, size: tuple[int, int], label: str) -> tuple[int, int]:
-        config = self.config
-        if config.fetch_min_pixels is None:
-            return size
-        with _labelled(label):
-            return fetch_size(
-                *size, config.factor, config.fetch_min_pixels, config.fetch_max_pixels
-            )
-
     def _finish(self, draft: _Draft, token_ids: npt.NDArray[np.int32]) -> PlannedItem:
         visuals = draft.visuals
         shown = (self._blank_visual,) if draft.header == "text" else visuals
         pad: MediaKind = "video" if draft.kind == "video" else "image"
-        found = int(np.count_nonzero(token_ids == self.template.pad_ids[pad]))
+        found = int(np.count_nonzero(token_ids == self.pad_ids[pad]))
         if found != len(shown):
             raise CheckpointError(
                 f"the tokenizer splits the visual tokens: {found} pads for {len(shown)} visual "
                 "blocks; use the tokenizer files that belong to the checkpoint"
             )
         num_patches = sum(visual.num_patches for visual in shown)
+        num_tokens = len(token_ids) - len(shown) + num_patches // self.config.merge_size**2
+        limit = draft.prompt.limit
+        if limit is not None and num_tokens > limit:
+            reason = (
+                f"the prompt has {num_tokens} tokens, and the official code cuts it at {limit}, "
+                "which loses the token that the embedding is read at; shorten the text"
+            )
+            error = ItemError(reason, draft.index, draft.id, kind=ErrorKind.TOO_LONG)
+            return PlannedItem(draft.index, draft.id, error=error)
         return PlannedItem(
             index=draft.index,
             id=draft.id,
             digest=draft.digest,
-            num_tokens=len(token_ids) - len(shown) + num_patches // self.config.merge_size**2,
+            num_tokens=num_tokens,
             num_patches=num_patches,
             kind=draft.kind,
             header=draft.header,
@@ -417,35 +398,11 @@ class Processor:
 
     # Loading -------------------------------------------------------------------------------
 
-    def _load_visual(
-        self, visual: VisualPlan, decoded: dict[int | str, ByteArray]
-    ) -> tuple[FloatArray, Grid]:
-        frames = []
-        for source, label, size in zip(
-            visual.sources, visual.labels, visual.source_sizes, strict=True
-        ):
-            key = id(source) if isinstance(source, (bytes, Image.Image)) else str(source)
-            if key not in decoded:
-                with _labelled(label):
-                    decoded[key] = self._load_frame(source, visual, size)
-            frames.append(decoded[key])
-        return make_patches(frames, self.config, self._table)
-
-    def _load_frame(
-        self, source: MediaSource, visual: VisualPlan, size: tuple[int, int]
-    ) -> ByteArray:
-        image = media.decode_rgb(source, self.max_image_pixels, through_jpeg=visual.through_jpeg)
-        if (image.height, image.width) != size:
-            raise ItemError("has changed since it was planned; plan the item again")
-        if visual.fetch_size is not None:
-            image = resize(image, *visual.fetch_size)
-        return np.asarray(resize(image, *visual.size))
-
     def _expand(
         self, token_ids: npt.NDArray[np.int32], kind: MediaKind, grids: Sequence[Grid]
     ) -> torch.Tensor:
         counts = np.ones(len(token_ids), dtype=np.int64)
-        counts[token_ids == self.template.pad_ids[kind]] = [
+        counts[token_ids == self.pad_ids[kind]] = [
             t * h * w // self.config.merge_size**2 for t, h, w in grids
         ]
         return torch.from_numpy(np.repeat(token_ids.astype(np.int64), counts))
@@ -457,24 +414,9 @@ class _Draft:
     id: str
     kind: ItemKind
     header: Literal["text"] | None
-    prompt: Prompt
+    prompt: Rendered
     visuals: tuple[VisualPlan, ...]
     digest: str
-
-
-class _labelled:
-    """Puts the name of the image in front of the reason of an error about it."""
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> Literal[False]:
-        if isinstance(error, ItemError):
-            raise ItemError(f"{self._label} {error.reason}") from error
-        return False
 
 
 class _HeaderCache:
@@ -489,7 +431,7 @@ class _HeaderCache:
         key: object = media.file_key(source) if isinstance(source, (str, Path)) else id(source)
         if key is not None and key in self._found:
             return self._found[key][1]
-        with _labelled(label):
+        with labelled(label):
             header = media.read_header(source, self._max_image_pixels)
         if key is not None:
             self._found[key] = (source, header)

@@ -8,14 +8,22 @@ then the Hugging Face image processor (the *model* size). Both keep the sides di
 from __future__ import annotations
 
 import math
+from typing import Literal, TypeAlias
 
 from ume_models.errors import ItemError
+
+Extreme: TypeAlias = Literal["refuse", "square", "cut"]
 
 MAX_ASPECT_RATIO = 200
 
 
 def fetch_size(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+    height: int,
+    width: int,
+    factor: int,
+    min_pixels: int,
+    max_pixels: float,
+    extreme: Extreme = "refuse",
 ) -> tuple[int, int]:
     """Target ``(height, width)`` of the fetch stage (``qwen_vl_utils`` 0.0.8).
 
@@ -23,24 +31,43 @@ def fetch_size(
     ``max_pixels`` scales both sides down (floor), one below ``min_pixels`` up (ceil).
 
     Raises:
-        ItemError: if one side is more than 200 times the other, or a side is zero.
+        ItemError: if one side is more than 200 times the other (unless ``extreme`` is ``"cut"``,
+            which cuts the result instead), or a side is zero.
     """
-    _check_shape(height, width)
+    if extreme != "cut":
+        _check_shape(height, width)
     new_height = max(factor, round(height / factor) * factor)
     new_width = max(factor, round(width / factor) * factor)
-    return _into_limits(height, width, new_height, new_width, factor, min_pixels, max_pixels)
+    new_height, new_width = _into_limits(
+        height, width, new_height, new_width, factor, min_pixels, max_pixels
+    )
+    if extreme == "cut":
+        new_height = min(new_height, MAX_ASPECT_RATIO * new_width)
+        new_width = min(new_width, MAX_ASPECT_RATIO * new_height)
+    return new_height, new_width
 
 
 def model_size(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+    height: int,
+    width: int,
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    extreme: Extreme = "refuse",
 ) -> tuple[int, int]:
     """Target ``(height, width)`` of the Hugging Face Qwen2-VL image processor.
 
     As :func:`fetch_size`, but a side may round to zero before the lower limit is applied.
 
     Raises:
-        ItemError: if one side is more than 200 times the other, or a side is zero.
+        ItemError: if one side is more than 200 times the other, or a side is zero. With
+            ``extreme="square"`` such a picture, and one with a side of less than ``factor``, is
+            measured as the square of its longer side.
     """
+    if extreme == "square" and (
+        min(height, width) < factor or max(height, width) > MAX_ASPECT_RATIO * min(height, width)
+    ):
+        height = width = max(factor, height, width)
     _check_shape(height, width)
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
@@ -54,7 +81,7 @@ def _into_limits(
     new_width: int,
     factor: int,
     min_pixels: int,
-    max_pixels: int,
+    max_pixels: float,
 ) -> tuple[int, int]:
     if new_height * new_width > max_pixels:
         scale = math.sqrt((height * width) / max_pixels)

@@ -9,45 +9,44 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ume_models.processing.prompt import DISC_TOKEN, Layout, PromptTemplate
+from ume_models.processing.template import Rendered
 
 IdArray: TypeAlias = "npt.NDArray[np.int32]"
-Prompt: TypeAlias = "tuple[Layout, str]"
 
 _CHUNK = 4096
 # Texts that would expose a tokenizer in which neighbours of an added token influence each other.
-_PROBES = ("a", " a", "a ", "\n\n", "\u0301e", "9", "a\n<disc_emb>\nb", "<", "▁x", "")
+_PROBES = ("a", " a", "a ", "\n\n", "\u0301e", "9", "<", "▁x", "")
 
 
 class PromptTokenizer:
     """Tokenises rendered prompts; the ids are those of the whole rendered string.
 
     Tokenizers cut a string at added tokens before anything else, so the parts on either side of
-    one are independent. The part before the user's text and the part from ``<disc_emb>`` on are
-    constant per layout and tokenised once. Whether the tokenizer at hand behaves so is tried per
-    layout on a few probes; if not, whole prompts are tokenised.
+    one are independent. What stands up to the last one in the constant beginning of a prompt, and
+    from the first one on in its end, is tokenised once. Whether the tokenizer at hand behaves so
+    is tried on a few probes for each pair of beginning and end; if not, whole prompts are
+    tokenised.
 
     Args:
         tokenizer: a transformers tokenizer.
-        template: renders the prompts.
     """
 
-    def __init__(self, tokenizer: Any, template: PromptTemplate) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._template = template
         self._added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self._frames: dict[Layout, _Frame | None] = {}
+        self._probes = [*_PROBES, *(f"a\n{token}\nb" for token in self._added[:1])]
+        self._frames: dict[tuple[str, str], _Frame | None] = {}
 
-    def encode(self, prompts: Iterable[Prompt]) -> dict[Prompt, IdArray]:
+    def encode(self, prompts: Iterable[Rendered]) -> dict[Rendered, IdArray]:
         """int32 ids of each distinct prompt, with one pad per visual block."""
         ordered = list(dict.fromkeys(prompts))
-        result: dict[Prompt, IdArray] = {}
+        result: dict[Rendered, IdArray] = {}
         for start in range(0, len(ordered), _CHUNK):
             chunk = ordered[start : start + _CHUNK]
-            frames = [self._frame(layout) for layout, _ in chunk]
+            frames = [self._frame(prompt.head, prompt.tail) for prompt in chunk]
             variable = [
-                self._template.render(layout, text) if frame is None else frame.middle(text)
-                for (layout, text), frame in zip(chunk, frames, strict=True)
+                str(prompt) if frame is None else frame.middle(prompt.text)
+                for prompt, frame in zip(chunk, frames, strict=True)
             ]
             # Special tokens of the tokenizer's own template belong to whole prompts only.
             whole = [i for i, frame in enumerate(frames) if frame is None]
@@ -65,24 +64,23 @@ class PromptTokenizer:
                     )
         return result
 
-    def _frame(self, layout: Layout) -> _Frame | None:
-        if layout not in self._frames:
-            self._frames[layout] = self._make_frame(layout)
-        return self._frames[layout]
+    def _frame(self, head: str, tail: str) -> _Frame | None:
+        if (head, tail) not in self._frames:
+            self._frames[head, tail] = self._make_frame(head, tail)
+        return self._frames[head, tail]
 
-    def _make_frame(self, layout: Layout) -> _Frame | None:
-        rendered = self._template.render(layout, "")
-        before = self._template.header(layout)
-        cut = max((before.rfind(t) + len(t) for t in self._added if t in before), default=0)
-        tail = rendered[len(before) + 1 :]
-        if not tail.startswith(DISC_TOKEN):
-            return None
-        head_ids, tail_ids = self._ids([before[:cut], tail], False)
+    def _make_frame(self, head: str, tail: str) -> _Frame | None:
+        end = max((head.rfind(t) + len(t) for t in self._added if t in head), default=0)
+        begin = min((tail.find(t) for t in self._added if t in tail), default=len(tail))
+        head_ids, tail_ids = self._ids([head[:end], tail[begin:]], False)
         frame = _Frame(
-            np.array(head_ids, dtype=np.int32), before[cut:], np.array(tail_ids, dtype=np.int32)
+            np.array(head_ids, dtype=np.int32),
+            head[end:],
+            tail[:begin],
+            np.array(tail_ids, dtype=np.int32),
         )
-        whole = self._ids([self._template.render(layout, probe) for probe in _PROBES], True)
-        parts = self._ids([frame.middle(probe) for probe in _PROBES], False)
+        whole = self._ids([f"{head}{probe}{tail}" for probe in self._probes], True)
+        parts = self._ids([frame.middle(probe) for probe in self._probes], False)
         same = all(w == head_ids + p + tail_ids for w, p in zip(whole, parts, strict=True))
         return frame if same else None
 
@@ -101,11 +99,12 @@ class PromptTokenizer:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Ids before and after the variable part of a layout, and that part's constant beginning."""
+    """Ids before and after the variable part of a prompt, and that part's constant ends."""
 
     head: IdArray
     lead: str
+    trail: str
     tail: IdArray
 
     def middle(self, text: str) -> str:
-        return f"{self.lead}{text}\n"
+        return f"{self.lead}{text}{self.trail}"

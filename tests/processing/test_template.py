@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ume_models.embedders.plume_prompt import PlumePrompt, clean_text
 from ume_models.errors import CheckpointError, ItemError
-from ume_models.processing.prompt import PromptTemplate, clean_text, join_text
+from ume_models.processing import ImageConfig, MediaRules, Processor, Rendered
+from ume_models.processing.template import join_text
 from ume_models.processing.tokens import PromptTokenizer
-
-LAYOUTS: list[tuple[Any, ...]] = [(), ("image",), ("image", "image"), ("video",)]
 
 
 @pytest.mark.compat
@@ -28,8 +29,8 @@ def test_recorded_prompts(
     tokenizer: Any, recorded_cases: dict[str, Any], name: str, layout: Any
 ) -> None:
     case = recorded_cases[name]
-    rendered = PromptTemplate(tokenizer).render(layout, clean_text(case["text"]))
-    assert rendered == case["rendered_prompt"]
+    rendered = PlumePrompt(tokenizer).render(layout, "", case["text"])
+    assert str(rendered) == case["rendered_prompt"]
 
 
 class Spoiled:
@@ -52,10 +53,10 @@ class Spoiled:
 
 def test_the_chat_template_runs_once_per_layout(tokenizer: Any) -> None:
     counting = Spoiled(tokenizer, tokenizer.chat_template)
-    template = PromptTemplate(counting)
+    template = PlumePrompt(counting)
     for text in ("a", "b", "c"):
-        template.render(("image",), text)
-        template.render((), text)
+        template.render(("image",), "", text)
+        template.render((), "", text)
     assert counting.renderings == 2
 
 
@@ -71,7 +72,7 @@ def test_the_chat_template_runs_once_per_layout(tokenizer: Any) -> None:
 )
 def test_unusable_chat_template(tokenizer: Any, chat_template: str | None, message: str) -> None:
     with pytest.raises(CheckpointError, match=f"{message}.*copy chat_template.json"):
-        PromptTemplate(Spoiled(tokenizer, chat_template)).render(("image",), "a")
+        PlumePrompt(Spoiled(tokenizer, chat_template)).render(("image",), "", "a")
 
 
 def test_missing_tokens_are_named() -> None:
@@ -80,7 +81,7 @@ def test_missing_tokens_are_named() -> None:
             return {"<|image_pad|>": 0, "<|video_pad|>": 1}
 
     with pytest.raises(CheckpointError, match="lacks <disc_emb>, <gen_emb>"):
-        PromptTemplate(Bare())
+        Processor(Bare(), PlumePrompt(Bare()), ImageConfig(), MediaRules())
 
 
 @pytest.mark.parametrize(
@@ -114,13 +115,21 @@ def test_plume_tokens_in_the_text_are_allowed() -> None:
     assert clean_text("a <disc_emb> <gen_emb> <think>") == "a <disc_emb> <gen_emb> <think>"
 
 
+PROMPTS = [
+    Rendered("<|im_start|>user\n<|image_pad|>", "", "\n<disc_emb>\nSay it<|im_end|>\n"),
+    Rendered("<|im_start|>system\n", "", "<|im_end|>\n"),
+    Rendered("<|video_pad|> ", "", ""),
+    Rendered("", "", ""),
+]
+
+
 @pytest.mark.compat
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prompt", PROMPTS)
 @given(text=st.text(max_size=40) | st.sampled_from(["  ", "\n", "a\n<disc_emb>\n", "<bot>", "▁"]))
-def test_ids_are_those_of_the_whole_string(tokenizer: Any, layout: Any, text: str) -> None:
-    template = PromptTemplate(tokenizer)
-    ids = PromptTokenizer(tokenizer, template).encode([(layout, text)])[(layout, text)]
-    assert ids.tolist() == tokenizer(template.render(layout, text))["input_ids"]
+def test_ids_are_those_of_the_whole_string(tokenizer: Any, prompt: Rendered, text: str) -> None:
+    prompt = replace(prompt, text=text)
+    ids = PromptTokenizer(tokenizer).encode([prompt])[prompt]
+    assert ids.tolist() == tokenizer(str(prompt))["input_ids"]
 
 
 def test_constant_parts_are_not_tokenised_again(tokenizer: Any) -> None:
@@ -135,10 +144,10 @@ def test_constant_parts_are_not_tokenised_again(tokenizer: Any) -> None:
             return tokenizer(texts, **kwargs)
 
     counting = Counting()
-    tokens = PromptTokenizer(counting, PromptTemplate(counting))
-    tokens.encode([(("image",), "warm")])
+    tokens = PromptTokenizer(counting)
+    tokens.encode([PROMPTS[0]])
     before = counting.characters
-    tokens.encode([(("image",), "abc"), (("image",), "abc"), (("image",), "defg")])
+    tokens.encode([replace(PROMPTS[0], text=text) for text in ("abc", "abc", "defg")])
     assert counting.characters - before == len("abc\n") + len("defg\n")
 
 
@@ -153,7 +162,6 @@ def test_a_tokenizer_with_dependent_parts_gets_whole_prompts(tokenizer: Any) -> 
             encoded = tokenizer(texts, **kwargs)["input_ids"]
             return {"input_ids": [[0, *ids] for ids in encoded]}
 
-    template = PromptTemplate(tokenizer)
-    prompt = (("image",), "abc")
-    ids = PromptTokenizer(Dependent(), template).encode([prompt])[prompt]
-    assert ids.tolist() == [0, *tokenizer(template.render(*prompt))["input_ids"]]
+    prompt = replace(PROMPTS[0], text="abc")
+    ids = PromptTokenizer(Dependent()).encode([prompt])[prompt]
+    assert ids.tolist() == [0, *tokenizer(str(prompt))["input_ids"]]
