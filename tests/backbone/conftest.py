@@ -47,7 +47,7 @@ def qwen25_checkpoint(tmp_path_factory: pytest.TempPathFactory, checkpoint_dir: 
     (target / "config.json").write_text(json.dumps(raw))
     config = parse_config(raw)
     torch.manual_seed(0)
-    model = PlumeForEmbedding(config, MoETransition(128), config.vocab_size, tied=True)
+    model = PlumeForEmbedding(config, MoETransition(128), tied=True)
     for name, parameter in model.named_parameters():
         if "norm" not in name and "ln" not in name:
             torch.nn.init.normal_(parameter, std=0.08)

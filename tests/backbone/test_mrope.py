@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ume_models.backbone.config import read_config
@@ -48,7 +48,6 @@ grid = st.tuples(
 visual = st.tuples(st.sampled_from(["image", "video"]), grid)
 
 
-@settings(max_examples=100, deadline=None)
 @given(blocks=st.lists(st.tuples(text, visual), max_size=4), tail=text)
 def test_any_mixture_equals_a_plain_loop(config, blocks, tail):
     pieces = [piece for pair in blocks for piece in pair] + [tail]

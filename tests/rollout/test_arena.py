@@ -11,7 +11,7 @@ import torch
 
 from ume_models.backbone.config import read_config
 from ume_models.rollout.arena import CAPACITY_STEP, KVArena
-from ume_models.rollout.headers import HeaderCache
+from ume_models.rollout.headers import Headers
 from ume_models.rollout.sequence import Visual, build_sequence
 
 
@@ -68,8 +68,8 @@ def sequence(config, ids, patches=None):
     return build_sequence(np.array(ids), config, visuals)
 
 
-def test_longest_matching_header_wins(config):
-    image = config.image_token_id
+def test_longest_shared_beginning_wins(config):
+    image, start = config.image_token_id, list(range(1, 11))
     blank = torch.ones(4, config.vision.patch_dim)
     computed = []
 
@@ -77,21 +77,20 @@ def test_longest_matching_header_wins(config):
         computed.append(len(prompt))
         return torch.zeros(1)
 
-    cache = HeaderCache()
-    cache.register(sequence(config, [1, 2]))
-    cache.register(sequence(config, [1, 2, image, 3], blank))
-    text = sequence(config, [1, 2, image, 3, 9, 9], blank.clone())
-    photo = sequence(config, [1, 2, image, 3, 9, 9], blank * 2)
-    assert len(cache.match(text, compute).sequence) == 4
-    assert len(cache.match(photo, compute).sequence) == 2, "another image must not match"
-    assert len(cache.match(sequence(config, [1, 2, 7]), compute).sequence) == 2
-    assert cache.match(sequence(config, [1, 2]), compute) is None, "nothing would be left"
-    assert cache.match(sequence(config, [2, 2, 7]), compute) is None
-    cache.match(text, compute)
-    assert computed == [4, 2], "each header is computed once"
-    cache.forget()
-    cache.match(text, compute)
-    assert computed == [4, 2, 4]
+    batch = [
+        sequence(config, [*start, image, *start, 30, 31], blank),
+        sequence(config, [*start, image, *start, 40, 41], blank.clone()),
+        sequence(config, [*start, image, *start, 50, 51], blank * 2),
+        sequence(config, [2, 2, 7]),
+    ]
+    headers = Headers(config, batch[:3], [22, 22, 22])
+    found = [headers.match(prompt, 22, compute) for prompt in batch[:3]]
+    lengths = [len(header.sequence) for header in found]
+    assert lengths == [21, 21, 10], "another image does not match"
+    assert headers.match(batch[3], 2, compute) is None
+    assert headers.match(batch[0], 12, compute) is found[2], "what is read lies behind it"
+    assert computed == [21, 10], "each header is computed once"
+    assert len(Headers(config, batch[:2], [1, 22])) == 0, "one reads near its beginning"
 
 
 def test_headers_save_work_and_do_not_change_the_embedding(load_recorded, recorded, monkeypatch):
@@ -105,12 +104,12 @@ def test_headers_save_work_and_do_not_change_the_embedding(load_recorded, record
         return prefill(embeds, *rest)
 
     monkeypatch.setattr(model.model, "prefill", counting)
-    model.encode(items)  # computes the header
-    seen.clear()
     with_header = model.encode(items)
-    monkeypatch.setattr(model.rollout.headers, "match", lambda *_: None)
+    shared, rest = seen
+    monkeypatch.setattr(Headers, "match", lambda *_: None)
     without = model.encode(items)
-    assert seen[0] <= seen[1] - 3 * 10, "ten header tokens and more per row"
+    assert shared >= 10
+    assert rest == seen[2] - 3 * shared
     assert float((with_header - without).abs().max()) <= 2e-6
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import ume_models
+from ume_models.rollout.engine import Engine
 from ume_models.rollout.graphs import CaptureError, GraphPool, Recording
-from ume_models.rollout.latent import LatentRollout
 
 
 class Rerun:
@@ -56,12 +56,7 @@ def make(eager):
         model = copy.deepcopy(eager)
         model.model.layers = model.model.layers[:layers]
         pool = GraphPool(recorder, **limits)
-        assert model.rollout is not None  # stamps the weights
-        model._rollout = LatentRollout(
-            model.config, model.model, model.visual, model.latent_moe_transition, pool
-        )
-        for prompt in model._constant_headers():
-            model._rollout.headers.register(prompt)
+        model._rollout = Engine(model.config, model.model, model.visual, pool)
         return model, pool
 
     return build
@@ -172,14 +167,10 @@ def test_a_growing_arena_drops_all(make, eager, recorded):
 def test_moved_weights_drop_all(make, recorded):
     recorder = Rerun()
     model, pool = make(recorder)
-    rollout = model._rollout
     inputs = recorded.inputs("text_only")
     before = model.embed(**inputs)
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data = weight.data * 1.5
-    model._refresh_if_changed()
-    model._rollout = rollout  # the model would make a new engine; the engine notices by itself
-    rollout.headers.forget()
     after = model.embed(**inputs)
     assert recorder.recorded == 2
     assert len(pool) == 1

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ume_kernels.moe_transition import op as moe_op
-from ume_kernels.moe_transition.reference import moe_transition_reference
+from ume_models.rollout import engine as engine_module
+from ume_models.rollout.headers import Headers
+from ume_models.rollout.latent import Latent
 
 HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "item")
 
@@ -29,15 +30,15 @@ def model(load_recorded):
 
 def test_the_loop_reads_nothing_on_the_host(model, recorded, monkeypatch):
     """With the adapter's masked form, which is what runs where a host read would wait."""
-    monkeypatch.setattr(moe_op, "moe_transition_cpu", moe_transition_reference)
+    monkeypatch.setenv("UME_BACKEND", "moe_transition:torch")
     recorder = RecordOps()
-    roll = model.rollout._roll
+    roll = Latent._roll
 
     def recording(*args):
         with recorder:
             return roll(*args)
 
-    monkeypatch.setattr(model.rollout, "_roll", recording)
+    monkeypatch.setattr(Latent, "_roll", recording)
     batch = recorded.batch(recorded.names, "left", pad_id=0)
     got = model.embed(**batch, exclude_experts=(1,))
     assert len(recorder.names) > 500
@@ -76,7 +77,7 @@ def test_the_prefill_computes_no_logits_and_no_padding(model, recorded, monkeypa
     monkeypatch.setattr(model.model, "prefill", counting)
     names = ["text_only", "text_long"]
     # these prompts have no image, so only the system turn before it would be a shared header
-    monkeypatch.setattr(model.rollout.headers, "match", lambda *_: None)
+    monkeypatch.setattr(Headers, "match", lambda *_: None)
     model.embed(**recorded.batch(names, "left", pad_id=0))
     real = sum(len(recorded.tensors[f"{n}.input_ids"]) + len(model.prefix_ids) for n in names)
     assert rows == [real]
@@ -94,19 +95,17 @@ def test_the_prefill_computes_no_logits_and_no_padding(model, recorded, monkeypa
 
 
 def test_the_vision_tower_is_called_in_pieces(model, recorded, monkeypatch):
-    from ume_models.rollout import latent
-
     batch = recorded.batch(recorded.names, "left", pad_id=0)
     expected = model.embed(**batch)
     sizes = []
-    tower = model.visual.forward
+    tower = type(model.visual).forward
 
-    def counting(patches, grids):
+    def counting(self, patches, grids):
         sizes.append(len(grids))
-        return tower(patches, grids)
+        return tower(self, patches, grids)
 
-    monkeypatch.setattr(model.visual, "forward", counting)
-    monkeypatch.setitem(latent.VISION_PATCHES, "cpu", 150)
+    monkeypatch.setattr(type(model.visual), "forward", counting)
+    monkeypatch.setitem(engine_module.VISION_PATCHES, "cpu", 150)
     got = model.embed(**batch)
     assert len(sizes) > 2
     assert sum(sizes) == 8

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from ume_kernels.decode import attend_cache
-from ume_kernels.decode.reference import apply_rope
 from ume_kernels.prefill import rope_append
+from ume_kernels.prefill.reference import apply_rope
 
 
 @dataclass(frozen=True)

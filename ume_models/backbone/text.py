@@ -154,7 +154,7 @@ class TextModel(nn.Module):
         gate, up = embeds.new_empty(2, embeds.shape[0], self.config.intermediate_size).unbind(0)
         for number, w in enumerate(self.layer_weights()):
             normed = rms_norm(hidden, w.input_norm, self.shape.rms_eps)
-            q, k, v = project_qkv(normed, w, self.shape)
+            q, k, v = project_qkv(normed, w, self.shape, linear)
             mixed = attention(q, k, v, cache[number, 0], cache[number, 1], number == last)
             if number == last:
                 hidden = hidden[attention.wanted]

@@ -1,35 +1,16 @@
-"""Tokenizer of a checkpoint, with its chat template and the ids PLUME needs."""
+"""Tokenizer of a checkpoint, with its chat template."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ume_models.backbone.config import read_json
+from ume_models.backbone.fields import TEXT, field, read_json
 from ume_models.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PLUME_TOKENS = ("<gen_emb>", "<disc_emb>", "<bot>", "<eot>", "<ct>")
-# Where the official training copies the rows of added tokens from, by model family.
-TOKEN_SOURCES = {
-    "qwen2_vl": ("<|object_ref_end|>", "<|object_ref_start|>"),
-    "qwen2_5_vl": ("</tool_call>", "<tool_call>"),
-}
-OPENING_TOKENS = ("<disc_emb>", "<bot>")
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """Ids resolved by name; they differ between checkpoints."""
-
-    gen_emb: int
-    disc_emb: int
-    eos: frozenset[int]
-
 
 def splitting_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What decides, beside the vocabulary, into which tokens a text falls; JSON-serialisable."""
@@ -68,54 +49,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         template = directory / "chat_template.json"
         jinja = directory / "chat_template.jinja"
         if template.is_file():
-            tokenizer.chat_template = read_json(template)["chat_template"]
+            content = read_json(template)
+            tokenizer.chat_template = field(content, str(template), "chat_template", TEXT)
         elif jinja.is_file():
             tokenizer.chat_template = jinja.read_text(encoding="utf-8")
         else:
             raise CheckpointError(
                 f"{directory}: no chat template; copy chat_template.json from the base model "
-                "(Qwen/Qwen2-VL-2B-Instruct for PLUME-2B) next to the weights"
+                "(such as Qwen/Qwen2-VL-2B-Instruct) next to the weights"
             )
     return tokenizer
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, eos: frozenset[int], source: Path) -> TokenIds:
-    """Resolve the PLUME tokens by name.
-
-    Raises:
-        CheckpointError: the tokenizer lacks one of them.
-    """
-    vocabulary = tokenizer.get_vocab()
-    missing = [t for t in PLUME_TOKENS if t != "<ct>" and t not in vocabulary]
-    if missing:
-        raise CheckpointError(
-            f"{source}: the tokenizer does not know {', '.join(missing)}; use the tokenizer that "
-            "was saved with the PLUME checkpoint, not the base model's"
-        )
-    if not eos and tokenizer.eos_token_id is not None:
-        eos = frozenset({int(tokenizer.eos_token_id)})
-    return TokenIds(vocabulary["<gen_emb>"], vocabulary["<disc_emb>"], eos)
-
-
-def new_row_sources(
-    tokenizer: PreTrainedTokenizerBase, family: str, first: int, source: Path
-) -> list[int]:
-    """For every id from ``first`` to the vocabulary's end: the row its embedding is copied from.
-
-    As the official training does when it adds the PLUME tokens.
-
-    Raises:
-        CheckpointError: a missing row belongs to no PLUME token.
-    """
-    closing, opening = (tokenizer.convert_tokens_to_ids(t) for t in TOKEN_SOURCES[family])
-    rows = []
-    for index in range(first, len(tokenizer)):
-        token = tokenizer.convert_ids_to_tokens(index)
-        copied = opening if token in OPENING_TOKENS else closing
-        if token not in PLUME_TOKENS or copied is None or copied >= first:
-            raise CheckpointError(
-                f"{source}: the tokenizer has {len(tokenizer)} tokens but the embedding {first} "
-                f"rows, and {token!r} cannot be added; the tokenizer belongs to another checkpoint"
-            )
-        rows.append(int(copied))
-    return rows

@@ -130,7 +130,7 @@ def _fill_rope_buffers(
 
 
 def full_forward(
-    model: Any,
+    model: torch.nn.Module,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
     visual: Mapping[str, torch.Tensor],
@@ -153,7 +153,7 @@ def full_forward(
 
 
 def cached_forward(
-    model: Any, embeds: torch.Tensor, position_ids: torch.Tensor, cache: Any
+    model: torch.nn.Module, embeds: torch.Tensor, position_ids: torch.Tensor, cache: Any
 ) -> torch.Tensor:
     """One call of the decoder on a cache; ``[1, q, D]`` after the final norm.
 
@@ -161,7 +161,7 @@ def cached_forward(
     official call passes a mask of the new tokens' length, which only flash-attention
     interprets that way (other attentions fail or silently cut the cache).
     """
-    return model.model.language_model(
+    return model.get_submodule("model.language_model")(
         inputs_embeds=embeds,
         position_ids=position_ids,
         past_key_values=cache,

@@ -74,3 +74,29 @@ def build_sequence(
             ordered.append(visual)
             at += visual.patches.shape[0] // config.vision.merge_size**2
     return Sequence(input_ids, positions, tuple(ordered))
+
+
+def visual_spans(sequence: Sequence, config: BackboneConfig) -> list[tuple[int, int]]:
+    """First token and end of each visual of a prompt."""
+    pads = np.flatnonzero(
+        np.isin(sequence.input_ids, (config.image_token_id, config.video_token_id))
+    )
+    spans, at = [], 0
+    for visual in sequence.visuals:
+        tokens = visual.patches.shape[0] // config.vision.merge_size**2
+        spans.append((int(pads[at]), int(pads[at + tokens - 1]) + 1))
+        at += tokens
+    return spans
+
+
+def beginning(sequence: Sequence, count: int, config: BackboneConfig) -> Sequence:
+    """The first ``count`` tokens, fewer where that would cut a visual in two."""
+    if count >= len(sequence):
+        return sequence
+    visuals: list[Visual] = []
+    for visual, (start, end) in zip(sequence.visuals, visual_spans(sequence, config), strict=True):
+        if end > count:
+            count = min(count, start)
+            break
+        visuals.append(visual)
+    return Sequence(sequence.input_ids[:count], sequence.positions[:, :count], tuple(visuals))
