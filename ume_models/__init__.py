@@ -8,18 +8,21 @@ if TYPE_CHECKING:
     from ume_kernels.version import __version__
     from ume_models.embedders.loading import load
     from ume_models.embedders.plume import PlumeForEmbedding
+    from ume_models.embedders.registry import families, profiles
     from ume_models.patching.application import accelerate
 
-__all__ = ["PlumeForEmbedding", "__version__", "accelerate", "load"]
+__all__ = ["PlumeForEmbedding", "__version__", "accelerate", "families", "load", "profiles"]
 
 _LAZY = {
     "__version__": "ume_kernels.version",
     "load": "ume_models.embedders.loading",
     "PlumeForEmbedding": "ume_models.embedders.plume",
+    "families": "ume_models.embedders.registry",
+    "profiles": "ume_models.embedders.registry",
     "accelerate": "ume_models.patching.application",
 }
 
-_ROOMS = ("encode", "interfaces", "patching", "processing", "retrieval", "store", "training")
+_ROOMS = ("encode", "interfaces", "patching", "processing", "retrieval", "store")
 """Modules that ``import ume_models`` is enough for."""
 
 

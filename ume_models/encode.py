@@ -11,14 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ume_models.embedders.plume import Context, Mode, PlumeForEmbedding, check_rollout
-from ume_models.errors import ItemError
+from ume_models.embedder import Embedder, EmbedOptions
+from ume_models.errors import ErrorKind, ItemError, OptionError
 from ume_models.processing import PlannedItem, PreparedItem, prefetch
 
 Progress = Callable[[int, int], None]
@@ -69,35 +69,30 @@ class EncodeOutput:
     stats: EncodeStats = field(default_factory=EncodeStats)
 
 
-def encode(model: PlumeForEmbedding, items: Iterable[Any], **options: Any) -> torch.Tensor:
+def encode(model: Embedder, items: Iterable[Any], **options: Any) -> torch.Tensor:
     """Embeddings float32 ``[N, D]`` of items; the options are those of ``encode_detailed``."""
     return encode_detailed(model, items, **options).embeddings
 
 
 def encode_detailed(
-    model: PlumeForEmbedding,
+    model: Embedder,
     items: Iterable[Any],
     *,
-    mode: Mode = "gen",
-    latent_steps: int | None = None,
-    context: Context | None = None,
-    exclude_experts: Sequence[int] = (),
-    verify_eos: bool = False,
     batch_tokens: int | None = None,
     workers: int = 2,
     progress: bool | Progress | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     base_dir: str | Path | None = None,
+    **options: Any,
 ) -> EncodeOutput:
     """Embed items ``{"text", "image" | "images" | "video", "instruction", "id"}``.
 
     Images are paths, bytes or PIL images, videos are lists of them. Prompts and resizing are
-    those of the official evaluation. Items that are equal in content are embedded once.
+    those of the model's profile. Items that are equal in content are embedded once.
 
     Args:
         model: a loaded model.
         items: mappings, or ``processing.Item`` objects.
-        mode, latent_steps, context, exclude_experts, verify_eos: as ``PlumeForEmbedding.embed``.
         batch_tokens: prompt tokens per batch; default 4096 on a CPU, 32768 on a GPU. A batch
             that runs out of memory is halved, and so is the budget of the following ones.
         workers: threads that decode media ahead of the model; 0 decodes in between.
@@ -106,45 +101,33 @@ def encode_detailed(
         on_error: ``"raise"`` the first bad item — before anything is embedded, if planning
             finds it — or ``"skip"``: its row is NaN and the error is listed.
         base_dir: what relative media paths are relative to.
+        options: of the model's family, replacing its defaults.
 
     Raises:
         ItemError: names the item, with ``on_error="raise"``.
-        ValueError: an option is out of range.
+        OptionError: an option is out of range, or the model's family does not have it.
     """
     if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        raise OptionError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
     if isinstance(items, (str, bytes, Mapping)):
         raise TypeError("items must be a list of items; put a single one into a list: [item]")
-    check_rollout(
-        model.settings.latent_steps if latent_steps is None else latent_steps,
-        model.settings.context if context is None else context,
-    )
+    chosen = model.options.replaced(options)
     budget = (
         DEFAULT_BATCH_TOKENS.get(model.device.type, 4096) if batch_tokens is None else batch_tokens
     )
     if budget < 1:
-        raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
+        raise OptionError(f"batch_tokens must be at least 1, got {batch_tokens}")
     stats = EncodeStats()
     started = time.perf_counter()
     plans = model.processor.plan(list(items), on_error, base_dir=base_dir)
-    extra = _extra_tokens(model, mode, latent_steps)
+    extra = model.reserve(chosen)
     plans = [_check_capacity(model, plan, extra, on_error) for plan in plans]
     unique = {plan.digest: plan for plan in reversed(plans) if plan.error is None}
     ordered = sorted(unique.values(), key=lambda plan: (-plan.num_tokens, plan.index))
     stats.items, stats.unique = len(plans), len(ordered)
     stats.plan_seconds = time.perf_counter() - started
 
-    embed = _Embedder(
-        model,
-        stats,
-        {
-            "mode": mode,
-            "latent_steps": latent_steps,
-            "context": context,
-            "exclude_experts": exclude_experts,
-            "verify_eos": verify_eos,
-        },
-    )
+    embed = _Batches(model, stats, chosen)
     rows: dict[str, torch.Tensor] = {}
     failed: dict[str, ItemError] = {}
     with _progress(progress, len(ordered)) as advance:
@@ -170,45 +153,32 @@ def encode_detailed(
         if error is None:
             embeddings[number] = rows[plan.digest]
         else:
-            errors.append(ItemError(error.reason, plan.index, plan.id))
+            errors.append(error.at(plan.index, plan.id))
     return EncodeOutput(embeddings, [plan.id for plan in plans], errors, stats)
 
 
 def encoding_settings(
-    model: PlumeForEmbedding, mode: str = "gen", batch_tokens: int | None = None
+    model: Embedder, options: EmbedOptions | None = None, batch_tokens: int | None = None
 ) -> dict[str, Any]:
     """Everything beside weights and items that determines embeddings; JSON-serialisable.
 
     What is stored or cached is comparable where these and the model's fingerprint agree.
     """
-    processor = model.processor
     settings = {
-        **model.config_summary,
+        **model.described(model.options if options is None else options),
         "device": model.device.type,
-        "mode": mode,
         "batch_tokens": batch_tokens,
-        "multi_image": processor.multi_image,
-        "text_only_image": processor.text_only_image,
-        "empty": processor.empty,
-        "images": asdict(processor.config),
+        **model.processor.described(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
 
-def _extra_tokens(model: PlumeForEmbedding, mode: Mode, latent_steps: int | None) -> int:
-    """Tokens a row grows by beyond its prompt."""
-    if mode != "gen":
-        return 0
-    steps = model.settings.latent_steps if latent_steps is None else latent_steps
-    return len(model.prefix_ids) + steps + len(model.suffix_ids)
-
-
 def _check_capacity(
-    model: PlumeForEmbedding, plan: PlannedItem, extra: int, on_error: str
+    model: Embedder, plan: PlannedItem, extra: int, on_error: str
 ) -> PlannedItem:
     """Give the plan an error if the prompt does not fit the model's positions."""
-    limit = model.config.max_position_embeddings
+    limit = model.max_positions
     if plan.error is not None or plan.num_tokens + extra <= limit:
         return plan
     error = ItemError(
@@ -216,6 +186,7 @@ def _check_capacity(
         f"{limit}; shorten the text, send fewer frames or lower max_pixels",
         plan.index,
         plan.id,
+        kind=ErrorKind.TOO_LONG,
     )
     if on_error == "raise":
         raise error
@@ -231,12 +202,12 @@ class _Failed:
 
 
 def _loaded_batches(
-    model: PlumeForEmbedding,
+    model: Embedder,
     ordered: Sequence[PlannedItem],
     budget: int,
     workers: int,
     stats: EncodeStats,
-    embed: _Embedder,
+    embed: _Batches,
 ) -> Iterator[list[PreparedItem | _Failed]]:
     """Batches of decoded items, longest first, inside the token budget."""
     if not ordered:
@@ -249,7 +220,8 @@ def _loaded_batches(
             return _Failed(plan.digest, error)
         except MemoryError:
             reason = "its media do not fit into memory; make them smaller"
-            return _Failed(plan.digest, ItemError(reason, plan.index, plan.id))
+            too_large = ItemError(reason, plan.index, plan.id, kind=ErrorKind.OUT_OF_MEMORY)
+            return _Failed(plan.digest, too_large)
 
     # Decoded pixels wait in memory, so look ahead by tokens rather than by items.
     ahead = max(1, min(_MAX_AHEAD, 2 * budget // max(ordered[0].num_tokens, 1)))
@@ -274,12 +246,10 @@ def _loaded_batches(
         loaded.close()
 
 
-class _Embedder:
+class _Batches:
     """Runs batches; halves those that do not fit and isolates rows that fail."""
 
-    def __init__(
-        self, model: PlumeForEmbedding, stats: EncodeStats, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, model: Embedder, stats: EncodeStats, options: EmbedOptions) -> None:
         self.model = model
         self.stats = stats
         self.options = options
@@ -291,16 +261,17 @@ class _Embedder:
         """Every item with its row ``[D]`` on the CPU, or with the error that it raises alone."""
         if not items:
             return
-        problem: str | None = None
+        problem: ItemError | None = None
         started = time.perf_counter()
         try:
-            result = self.model.embed_prepared(items, **self.options).cpu()
+            result = self.model.embed_prepared(items, self.options).cpu()
         except FloatingPointError as error:
-            problem = str(error)
+            problem = ItemError(str(error), kind=ErrorKind.NOT_FINITE)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            problem = "does not fit into memory, even alone; lower max_pixels or shorten it"
+            reason = "does not fit into memory, even alone; lower max_pixels or shorten it"
+            problem = ItemError(reason, kind=ErrorKind.OUT_OF_MEMORY)
         finally:
             self.stats.model_seconds += time.perf_counter() - started
         if problem is None:
@@ -309,10 +280,10 @@ class _Embedder:
             yield from zip(items, result.unbind(0), strict=True)
             return
         # Outside the except block, so that the failed batch's tensors are already released.
-        if problem.startswith("does not fit"):
+        if problem.kind is ErrorKind.OUT_OF_MEMORY:
             self._free_memory()
         if len(items) == 1:
-            yield items[0], ItemError(problem, items[0].index, items[0].id)
+            yield items[0], problem.at(items[0].index, items[0].id)
             return
         middle = len(items) // 2
         yield from self(items[:middle])
@@ -321,9 +292,7 @@ class _Embedder:
     def _free_memory(self) -> None:
         self.stats.splits += 1
         self.halvings = min(self.halvings + 1, 20)
-        self.model.rollout.arena.release()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.model.free_memory()
 
 
 def out_of_memory(error: BaseException) -> bool:

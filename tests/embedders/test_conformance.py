@@ -74,10 +74,11 @@ def on_triton(monkeypatch):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_triton_kernels_on_one_ragged_batch(load_recorded, recorded, variant, on_triton):
     model = model_for(load_recorded, "fast", variant)
-    batch = recorded.batch(recorded.names, "left", pad_id=0)
+    names = recorded.names[::4]  # three rows of different lengths
+    batch = recorded.batch(names, "left", pad_id=0)
     on_triton(*ROLLOUT)
     got = model.embed(**batch, **VARIANTS[variant])
-    assert worst(got, recorded, recorded.names, variant) <= TOLERANCE
+    assert worst(got, recorded, names, variant) <= TOLERANCE
 
 
 @pytest.mark.interpreted
@@ -151,7 +152,6 @@ def test_bfloat16_error_is_at_most_twice_the_official_paths(
     # the truth is float32 arithmetic on the very weights that were rounded to bfloat16
     exact = ume_models.load(checkpoint_dir, dtype="float32")
     exact.load_state_dict({k: v.float() for k, v in fast.state_dict().items()})
-    exact.refresh()
     errors = {"fast": 0.0, "eager": 0.0}
     for name in recorded.names:
         inputs = recorded.inputs(name)

@@ -76,11 +76,11 @@ def test_batches_are_halved_when_memory_runs_out(model, items, monkeypatch):
     embed_prepared = model.embed_prepared
     sizes = []
 
-    def limited(batch, **options):
+    def limited(batch, options):
         sizes.append(len(batch))
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return embed_prepared(batch, **options)
+        return embed_prepared(batch, options)
 
     monkeypatch.setattr(model, "embed_prepared", limited)
     output = encode_detailed(model, items)
@@ -90,7 +90,7 @@ def test_batches_are_halved_when_memory_runs_out(model, items, monkeypatch):
 
 
 def test_an_item_that_never_fits_is_named(model, monkeypatch):
-    def never(batch, **options):
+    def never(batch, options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
     monkeypatch.setattr(model, "embed_prepared", never)
@@ -99,7 +99,7 @@ def test_an_item_that_never_fits_is_named(model, monkeypatch):
 
 
 def test_other_errors_are_not_taken_for_memory(model, monkeypatch):
-    def broken(batch, **options):
+    def broken(batch, options):
         raise RuntimeError("shape mismatch")
 
     assert not out_of_memory(RuntimeError("shape mismatch"))
@@ -111,10 +111,10 @@ def test_other_errors_are_not_taken_for_memory(model, monkeypatch):
 def test_a_row_that_is_not_finite_is_isolated(model, items, monkeypatch):
     embed_prepared = model.embed_prepared
 
-    def overflowing(batch, **options):
+    def overflowing(batch, options):
         if any(item.id == "long" for item in batch):
             raise FloatingPointError("an embedding is not finite")
-        return embed_prepared(batch, **options)
+        return embed_prepared(batch, options)
 
     monkeypatch.setattr(model, "embed_prepared", overflowing)
     output = encode_detailed(model, items, on_error="skip")

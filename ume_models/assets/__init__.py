@@ -50,7 +50,7 @@ def tiny_checkpoint() -> Path:
     if not (directory / "model.safetensors").is_file():
         raise UmeError(
             f"{directory}: the bundled checkpoint is missing; reinstall the package, or train it "
-            f"with: python -m ume_models.training.tiny -o {directory}"
+            f"in a checkout: python -m tests.support.bundled.tiny -o {directory}"
         )
     return directory
 
@@ -59,7 +59,7 @@ def heldout(directory: Path | None = None) -> HeldOut:
     """Held-out items the bundled checkpoint was not trained on, with absolute paths.
 
     Args:
-        directory: another directory written by ``ume_models.training.heldout_files``.
+        directory: another directory written by ``tests.support.bundled.heldout_files``.
 
     Raises:
         UmeError: the manifest is missing.
@@ -69,7 +69,7 @@ def heldout(directory: Path | None = None) -> HeldOut:
     if not manifest.is_file():
         raise UmeError(
             f"{manifest}: the held-out items are missing; reinstall the package, or write them "
-            f"with: python -m ume_models.training.heldout_files -o {root}"
+            f"in a checkout: python -m tests.support.bundled.heldout_files -o {root}"
         )
     content = json.loads(manifest.read_text(encoding="utf-8"))
     return HeldOut([_read_task(entry, root) for entry in content["tasks"]])

@@ -1,4 +1,4 @@
-"""Files beside a checkpoint that let other libraries open its folder.
+"""Files beside a checkpoint that name what it is and let other libraries open its folder.
 
 The official code does not look at them.
 """
@@ -12,9 +12,16 @@ from ume_models.atomic import write_atomically
 from ume_models.backbone.checkpoint import write_json
 
 # Imported by sentence-transformers when it opens the folder.
-SENTENCE_MODULE = "ume_models.interfaces.sentence_transformers.PlumeModule"
+SENTENCE_MODULE = "ume_models.interfaces.sentence_transformers.EmbedderModule"
 SENTENCE_MODULES = "modules.json"
 SENTENCE_CONFIG = "config_sentence_transformers.json"
+
+IDENTITY_FILE = "ume.json"
+
+
+def write_identity(target: Path, family: str, profile: str) -> None:
+    """Name family and profile of a checkpoint, so that it is loaded as what it is."""
+    write_json(target / IDENTITY_FILE, {"family": family, "profile": profile})
 
 
 def write_library_files(target: Path, sources: Iterable[Path] = ()) -> None:

@@ -1,18 +1,16 @@
-"""Checkpoint directory or hub id to a ready ``PlumeForEmbedding``."""
+"""Checkpoint directory or hub id to a ready model of its family."""
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ume_kernels import MoETransition
 from ume_models.backbone.checkpoint import (
     ADAPTER_PREFIX,
     fit,
@@ -22,18 +20,17 @@ from ume_models.backbone.checkpoint import (
     read_tensors,
     weight_files,
 )
-from ume_models.backbone.config import BackboneConfig, read_config, read_json
-from ume_models.backbone.tokenizer import load_tokenizer, new_row_sources, token_ids
-from ume_models.embedders.plume import (
-    Context,
-    Engine,
-    PlumeForEmbedding,
-    PlumeSettings,
-    check_rollout,
-)
-from ume_models.errors import CheckpointError
+from ume_models.backbone.config import BackboneConfig, read_config
+from ume_models.backbone.fields import TEXT, one_of, read_json
+from ume_models.backbone.fields import field as json_field
+from ume_models.backbone.tokenizer import load_tokenizer
+from ume_models.embedders.base import BackboneEmbedder, EngineName, Signs
+from ume_models.embedders.library_files import IDENTITY_FILE
+from ume_models.embedders.registry import families, pick_family, pick_profile, profiles
+from ume_models.errors import CheckpointError, ErrorKind, OptionError
 from ume_models.processing.config import ImageConfig
 from ume_models.processing.processor import Processor
+from ume_models.profile import Profile
 
 DTYPES = {
     "float32": torch.float32,
@@ -41,7 +38,10 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 READABLE_DTYPES = (*DTYPES.values(), torch.float64)
-Read = Callable[[Path, "str | Path | None"], "tuple[dict[str, torch.Tensor], Path]"]
+Weights = tuple[dict[str, torch.Tensor], Path]
+"""Tensors by their published names, and the folder the base's came from."""
+
+Model = TypeVar("Model", bound=BackboneEmbedder)
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -50,128 +50,192 @@ def load(
     path_or_id: str | Path | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    latent_steps: int = 8,
-    context: Context = "disc",
     *,
-    engine: Engine = "fast",
+    family: str | None = None,
+    profile: str | Profile | None = None,
+    engine: EngineName = "fast",
     base: str | Path | None = None,
-    adapter: bool = True,
-    top_k: int = 2,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     multi_image: Literal["all", "first"] | None = None,
     empty: Literal["error", "reference"] = "error",
-    max_new_tokens: int = 1,
-    disc_offset: int = 0,
-) -> PlumeForEmbedding:
-    """Load a PLUME checkpoint.
+    **options: Any,
+) -> BackboneEmbedder:
+    """Load a checkpoint as the embedder it belongs to.
 
     Args:
         path_or_id: checkpoint directory, hub id, or None for the small bundled model.
         device: ``"auto"`` is CUDA where there is one, else the CPU.
         dtype: ``"auto"`` keeps the checkpoint's; or float32, float16, bfloat16.
-        latent_steps: default K.
-        context: default router context, ``"disc"``, ``"prefix_last"`` or ``"none"``.
-        engine: ``"fast"``, or ``"reference"`` for the official step-by-step loop.
+        family: ``"plume"``, ``"vlm2vec"``, …, see ``ume_models.families()``; default: what the
+            checkpoint says or looks like.
+        profile: convention of prompts, pixels and tap, see ``ume_models.profiles(family)``;
+            default: the one that the checkpoint names, else the family's first.
+        engine: ``"fast"``, or ``"reference"`` for the official code's way, step by step.
         base: base checkpoint of a LoRA directory; default: the one its adapter config names.
-        adapter: False runs without the latent adapter (hidden states are fed back unchanged).
-        top_k: experts per latent step (the checkpoint does not record it; officially 2).
-        min_pixels, max_pixels: image limits; default those of the official evaluation.
+        min_pixels, max_pixels: image limits; default those of the profile.
         multi_image, empty: see ``Processor``.
-        max_new_tokens, disc_offset: see ``PlumeSettings``.
+        options: the family's own: defaults of its embeddings (``PlumeOptions``: ``mode``,
+            ``context``, …), and how it is built (PLUME: ``adapter``, ``top_k``).
 
     Raises:
-        CheckpointError: a file is missing, damaged or does not fit; says which and what to do.
-        ValueError: an argument is out of range.
+        CheckpointError: a file is missing, damaged or does not fit, or family and checkpoint do
+            not agree; says which and what to do.
+        OptionError: an argument is out of range, or the family does not have it.
     """
-    latent_steps = check_rollout(latent_steps, context)
     if engine not in ("fast", "reference"):
-        raise ValueError(f"engine must be 'fast' or 'reference', got {engine!r}")
+        raise OptionError(f"engine must be 'fast' or 'reference', got {engine!r}")
     target = pick_device(device)
     directory = resolve(path_or_id)
-
-    def make_processor(tokenizer: Any, source: Path) -> Processor:
-        images = ImageConfig.from_checkpoint(source, min_pixels, max_pixels)
-        return Processor(tokenizer, images, multi_image=multi_image, empty=empty)
-
-    settings = PlumeSettings(engine, latent_steps, context, max_new_tokens, disc_offset)
-    try:
-        model = _load(directory, dtype, base, adapter, top_k, settings, make_processor)
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        # Damaged JSON can be wrong in any way; name the folder instead of our line of code.
-        raise CheckpointError(
-            f"{directory}: a file of the checkpoint has unexpected content "
-            f"({type(error).__name__}: {error}); compare its JSON files with the original's"
-        ) from error
-    model = model.to(device=target).eval().requires_grad_(False)
-    if model.latent_moe_transition is not None:
-        model.latent_moe_transition.pack_experts()
-    return model
+    chosen = Chosen(
+        family, profile, engine, base, min_pixels, max_pixels, multi_image, empty, options
+    )
+    model = _load(directory, dtype, chosen, _read_weights(directory, base))
+    return model.to(device=target).eval().requires_grad_(False)
 
 
-def _load(
-    directory: Path,
-    dtype: str | torch.dtype,
-    base: str | Path | None,
-    adapter: bool,
-    top_k: int,
-    settings: PlumeSettings,
-    make_processor: Callable[[Any, Path], Processor],
-    read: Read | None = None,
-) -> PlumeForEmbedding:
-    """Everything that reads files: a model on the CPU."""
-    state, weights_from = (read or _read_weights)(directory, base)
+@dataclass(frozen=True)
+class Chosen:
+    """What the caller of ``load`` chose, under the same names."""
+
+    family: str | None = None
+    profile: str | Profile | None = None
+    engine: EngineName = "fast"
+    base: str | Path | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    multi_image: Literal["all", "first"] | None = None
+    empty: Literal["error", "reference"] = "error"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint without the values of its weights.
+
+    Attributes:
+        family, profile: as what it is read.
+        config: the architecture that ``config.json`` describes.
+        tokenizer, processor: make inputs.
+        sources: its folder, that of ``config.json``, and that of the weights.
+    """
+
+    family: type[BackboneEmbedder]
+    profile: Profile
+    config: BackboneConfig
+    tokenizer: Any
+    processor: Processor
+    sources: tuple[Path, Path, Path]
+
+
+def open_checkpoint(path_or_id: str | Path | None = None, **options: Any) -> Opened:
+    """What ``load(path_or_id, **options)`` puts around the weights; they are not read.
+
+    Raises:
+        CheckpointError, OptionError: as ``load``.
+    """
+    directory = resolve(path_or_id)
+    names = {f.name for f in fields(Chosen)}
+    given = {name: options.pop(name) for name in names & {*options}}
+    chosen = Chosen(**given, options=options)
+    return _open(directory, chosen, _read_headers(directory, chosen.base))
+
+
+def _open(directory: Path, chosen: Chosen, weights: Weights) -> Opened:
+    """Everything but the model."""
+    state, weights_from = weights
     files = directory if (directory / "config.json").is_file() else weights_from
     config = read_config(files)
     tokenizer = load_tokenizer(_first_with(("tokenizer.json", "vocab.json"), directory, files))
-    tokens = token_ids(tokenizer, _eos(files), directory)
+    named, lora = _named(directory) or _named(weights_from), weights_from != directory
+    signs = Signs(
+        config.raw, tokenizer.get_vocab(), frozenset(state), lora, named.get("family")
+    )
+    family = pick_family(chosen.family, signs, chosen.options, directory)
+    profile = pick_profile(family, chosen.profile or named.get("profile"))
     preprocessor = _first_with(("preprocessor_config.json",), directory, files)
-    processor = make_processor(tokenizer, preprocessor)
-    _check_patches(config, processor.config, files)
+    images = ImageConfig.from_checkpoint(preprocessor)
+    rules = profile.rules
+    if chosen.multi_image not in (None, rules.multi_image):
+        if rules.multi_image in ("middle", "refuse"):
+            raise OptionError(
+                f"multi_image={chosen.multi_image!r}: the prompts of {family.family} under the "
+                f"profile {profile.name} hold one picture; leave it out"
+            )
+        rules = replace(rules, multi_image=chosen.multi_image)
+    rules = rules.for_checkpoint(images, chosen.min_pixels, chosen.max_pixels)
+    try:
+        template = profile.template(tokenizer)
+        processor = Processor(tokenizer, template, images, rules, empty=chosen.empty)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    _check_patches(config, images, files)
     _check_pads(config, tokenizer, files)
-    config = _resize_vocabulary(state, config, tokenizer, directory)
-    model = _build(config, state, adapter, top_k, directory)
-    model = model.to(dtype=_pick_dtype(dtype, state))
     sources = (directory, files, weights_from)
-    model.attach(tokenizer, processor, tokens, settings, sources)
+    return Opened(family, profile, config, tokenizer, processor, sources)
+
+
+def _load(
+    directory: Path, dtype: str | torch.dtype, chosen: Chosen, weights: Weights
+) -> BackboneEmbedder:
+    """Everything that reads files: a model on the CPU."""
+    found, state = _open(directory, chosen, weights), weights[0]
+    family, config = found.family, found.config
+    if EMBEDDING not in state or state[EMBEDDING].ndim != 2:
+        raise CheckpointError(f"{directory}: no {EMBEDDING}; this is not a Qwen2-VL checkpoint")
+    if config.tie_word_embeddings:
+        state.pop(HEAD, None)
+    config = family.fit_vocabulary(state, config, found.tokenizer, directory)
+    model = _build(family, config, state, chosen.options, directory)
+    model = model.to(dtype=_pick_dtype(dtype, state))
+    options = family.Options().replaced(
+        {k: v for k, v in chosen.options.items() if k not in family.build_options}
+    )
+    model.attach(
+        found.tokenizer, found.processor, found.profile, options, chosen.engine, found.sources
+    )
     return model
 
 
-def examine(directory: Path) -> torch.dtype:
+def _named(directory: Path) -> Mapping[str, str]:
+    """Family and profile that a checkpoint names itself.
+
+    Raises:
+        CheckpointError: they do not exist.
+    """
+    path = directory / IDENTITY_FILE
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    named: dict[str, str] = {"family": json_field(content, str(path), "family", one_of(families()))}
+    known = one_of(profiles(named["family"]))
+    named["profile"] = json_field(content, str(path), "profile", known)
+    return named
+
+
+def examine(
+    directory: Path, family: str | None = None, profile: str | None = None
+) -> BackboneEmbedder:
     """Refuse what ``load`` would refuse about a checkpoint, without reading its weights.
 
     Their headers are read: names, shapes and types. What only the values tell (NaN), it does not
     find.
 
     Returns:
-        The type ``load`` would give the model by default.
+        The model that ``load`` would give, with shapes and types for weights.
 
     Raises:
-        CheckpointError: as ``load``.
+        CheckpointError, OptionError: as ``load``.
     """
-    settings = PlumeSettings("fast", 8, "disc", 1, 0)
-
-    def make_processor(tokenizer: Any, source: Path) -> Processor:
-        return Processor(tokenizer, ImageConfig.from_checkpoint(source, None, None))
-
-    try:
-        model = _load(directory, "auto", None, True, 2, settings, make_processor, _read_headers)
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise CheckpointError(
-            f"{directory}: a file of the checkpoint has unexpected content "
-            f"({type(error).__name__}: {error}); compare its JSON files with the original's"
-        ) from error
-    return next(model.parameters()).dtype
+    return _load(directory, "auto", Chosen(family, profile), _read_headers(directory, None))
 
 
-def _read_headers(directory: Path, base: str | Path | None) -> tuple[dict[str, torch.Tensor], Path]:
+def _read_headers(directory: Path, base: str | Path | None) -> Weights:
     """As ``_read_weights``, with tensors that have a shape and a type only; a LoRA adds nothing."""
     home, added = directory, []
     if (directory / "adapter_config.json").is_file():
-        named = base or read_json(directory / "adapter_config.json").get("base_model_name_or_path")
-        if not named:
-            raise CheckpointError(f"{directory}: adapter_config.json names no base model")
-        home, added = resolve(named, weights=False), sorted(directory.glob("*.safetensors"))
+        home = resolve(base or base_named(directory), weights=False)
+        added = sorted(directory.glob("*.safetensors"))
     state = {
         published_key(key): torch.empty_like(tensor, device="meta")
         for key, tensor, _ in read_tensors([*weight_files(home), *added])
@@ -180,12 +244,14 @@ def _read_headers(directory: Path, base: str | Path | None) -> tuple[dict[str, t
     return state, home
 
 
-def resolve(path_or_id: str | Path | None, weights: bool = True) -> Path:
+def resolve(path_or_id: str | Path | None, weights: bool = True, **hub_options: Any) -> Path:
     """Local directory of a checkpoint; a hub id is downloaded (weights, tokenizer, JSON only).
 
     Args:
         path_or_id: directory, hub id, or None for the small bundled model.
         weights: False downloads everything but the weights.
+        hub_options: ``revision``, ``token``, … of ``huggingface_hub.snapshot_download``; None
+            counts as absent.
 
     Raises:
         CheckpointError: neither a directory nor a hub id that can be had.
@@ -202,23 +268,26 @@ def resolve(path_or_id: str | Path | None, weights: bool = True) -> Path:
         raise CheckpointError(f"{path}: is a file; give the checkpoint's directory")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{path}: no such directory; give a checkpoint's folder, or a hub id (owner/name)"
+            f"{path}: no such directory; give a checkpoint's folder, or a hub id (owner/name)",
+            kind=ErrorKind.NOT_FOUND,
         )
     try:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.jinja", "merges.txt", *["*.safetensors"] * weights]
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        given = {name: value for name, value in hub_options.items() if value is not None}
+        return Path(snapshot_download(text, allow_patterns=patterns, **given))
     except Exception as error:  # the hub client raises many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise CheckpointError(
             f"{text}: no such directory. As a hub id it cannot be downloaded either "
             f"({type(error).__name__}: {reason}); check the path, or download the files and give "
-            "their folder"
+            "their folder",
+            kind=ErrorKind.NOT_FOUND,
         ) from None
 
 
-def _read_weights(directory: Path, base: str | Path | None) -> tuple[dict[str, torch.Tensor], Path]:
+def _read_weights(directory: Path, base: str | Path | None) -> Weights:
     """State dict, LoRA merged, and the directory the base weights came from."""
     if not (directory / "adapter_config.json").is_file():
         if base is not None:
@@ -226,15 +295,25 @@ def _read_weights(directory: Path, base: str | Path | None) -> tuple[dict[str, t
                 f"{directory}: base= was given, but there is no adapter_config.json to merge"
             )
         return read_state(directory), directory
-    named = base or read_json(directory / "adapter_config.json").get("base_model_name_or_path")
-    if not named:
-        raise CheckpointError(
-            f"{directory}: adapter_config.json names no base model; pass load(..., base=PATH)"
-        )
-    base_directory = resolve(named)
+    base_directory = resolve(base or base_named(directory))
     state = read_state(base_directory)
     merge_lora(state, directory)
     return state, base_directory
+
+
+def base_named(directory: Path) -> str:
+    """The base checkpoint that a LoRA's ``adapter_config.json`` names.
+
+    Raises:
+        CheckpointError: it names none.
+    """
+    path = directory / "adapter_config.json"
+    named: str = json_field(read_json(path), str(path), "base_model_name_or_path", TEXT, "")
+    if not named:
+        raise CheckpointError(
+            f"{path}: base_model_name_or_path is empty; pass load(..., base=PATH)"
+        )
+    return named
 
 
 def _first_with(names: tuple[str, ...], *directories: Path) -> Path:
@@ -270,39 +349,6 @@ def _check_pads(config: BackboneConfig, tokenizer: Any, source: Path) -> None:
             )
 
 
-def _eos(source: Path) -> frozenset[int]:
-    """End-of-sequence ids of ``generation_config.json``; empty where it names none."""
-    path = source / "generation_config.json"
-    value = read_json(path).get("eos_token_id") if path.is_file() else None
-    if value is None:
-        return frozenset()
-    return frozenset(int(v) for v in (value if isinstance(value, list) else [value]))
-
-
-def _resize_vocabulary(
-    state: dict[str, torch.Tensor], config: BackboneConfig, tokenizer: Any, source: Path
-) -> BackboneConfig:
-    """Give embedding and head one row per token of the tokenizer, as the official loader does."""
-    if EMBEDDING not in state or state[EMBEDDING].ndim != 2:
-        raise CheckpointError(f"{source}: no {EMBEDDING}; this is not a Qwen2-VL checkpoint")
-    size = len(tokenizer)
-    if config.tie_word_embeddings:
-        state.pop(HEAD, None)
-    for key in (EMBEDDING, HEAD):
-        rows = state[key].shape[0] if key in state else size
-        if rows > size:
-            state[key] = state[key][:size]
-        elif rows < size:
-            copied = new_row_sources(tokenizer, config.family, rows, source)
-            state[key] = torch.cat([state[key], state[key][copied]])
-            warnings.warn(
-                f"{source}: {key} lacks {size - rows} added tokens; their rows were copied as at "
-                "the start of the official training, so they are untrained",
-                stacklevel=3,
-            )
-    return replace(config, vocab_size=size)
-
-
 class _Unfilled(TorchFunctionMode):
     """Random initialisation does nothing: on the meta device it has torch import its compiler.
 
@@ -316,17 +362,19 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _build(
+    family: type[BackboneEmbedder],
     config: BackboneConfig,
     state: Mapping[str, torch.Tensor],
-    use_adapter: bool,
-    top_k: int,
+    options: Mapping[str, Any],
     source: Path,
-) -> PlumeForEmbedding:
+) -> BackboneEmbedder:
     """A model on the loaded tensors; nothing is initialised or copied."""
-    tied = HEAD not in state
-    with torch.device("meta"), _Unfilled():
-        adapter = _adapter_shape(config, state, top_k) if use_adapter else None
-        model = PlumeForEmbedding(config, adapter, config.vocab_size, tied)
+    given = {name: options[name] for name in family.build_options if name in options}
+    try:
+        with torch.device("meta"), _Unfilled():
+            model = family.build(config, state, HEAD not in state, **given)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     expected = {key: value.shape for key, value in model.state_dict().items()}
     other = {str(t.dtype): k for k, t in state.items() if t.dtype not in READABLE_DTYPES}
     if other:
@@ -340,7 +388,7 @@ def _build(
         key
         for key in extra
         if not key.endswith("inv_freq")  # computed from the configuration
-        and (use_adapter or not key.startswith(ADAPTER_PREFIX))
+        and not family.leaves_out(key, **given)
     ]
     if unknown:
         raise CheckpointError(
@@ -351,44 +399,22 @@ def _build(
     return model
 
 
-def _adapter_shape(
-    config: BackboneConfig, state: Mapping[str, torch.Tensor], top_k: int
-) -> MoETransition:
-    """The adapter with the number of experts and steps that the tensors have."""
-    router = state.get(f"{ADAPTER_PREFIX}router.weight")
-    table = state.get(f"{ADAPTER_PREFIX}step_embed.weight")
-    experts = 4 if router is None or router.ndim != 2 else router.shape[0]
-    if not 1 <= top_k <= experts:
-        raise ValueError(
-            f"top_k must be 1 … {experts}, the experts of this checkpoint, got {top_k}; "
-            "pass load(..., top_k=…)"
-        )
-    return MoETransition(
-        config.hidden_size,
-        num_experts=experts,
-        top_k=top_k,
-        use_shared_expert=any(k.startswith(f"{ADAPTER_PREFIX}shared_expert.") for k in state)
-        or router is None,
-        step_embed_max_steps=32 if table is None or table.ndim != 2 else table.shape[0],
-    )
-
-
 def pick_device(device: str | torch.device) -> torch.device:
     """The device meant by ``"auto"``, or the one named.
 
     Raises:
-        ValueError: it does not exist here or is neither a CPU nor a CUDA device.
+        OptionError: it does not exist here or is neither a CPU nor a CUDA device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
+        raise OptionError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
     if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
+        raise OptionError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
+        raise OptionError(
             f"there is no device {device!r}: torch {torch.__version__} finds "
             f"{torch.cuda.device_count()} GPUs; `ume doctor` tells more, cpu works"
         )
@@ -408,5 +434,18 @@ def _pick_dtype(dtype: str | torch.dtype, state: Mapping[str, torch.Tensor]) -> 
         name = str(dtype).removeprefix("torch.")
         chosen = DTYPES.get(name, torch.int8)
     if chosen not in DTYPES.values():
-        raise ValueError(f"dtype must be 'auto', {', '.join(DTYPES)}; got {dtype!r}")
+        raise OptionError(f"dtype must be 'auto', {', '.join(DTYPES)}; got {dtype!r}")
     return chosen
+
+
+def load_as(
+    cls: type[Model], path_or_id: str | Path | None = None, *args: Any, **options: Any
+) -> Model:
+    """``load`` with the family of a class.
+
+    Raises:
+        CheckpointError, OptionError: as ``load``.
+    """
+    model = load(path_or_id, *args, **{**options, "family": cls.family})
+    assert isinstance(model, cls)
+    return model

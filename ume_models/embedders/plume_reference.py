@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from ume_kernels import MoETransition
 from ume_models.backbone.config import BackboneConfig
-from ume_models.backbone.transformers_model import cached_forward, full_forward
+from ume_models.backbone.transformers_model import cached_forward
+from ume_models.embedders.reference import SinglePassReference
 from ume_models.rollout.latent import LatentPlan, RolloutTrace, last_index
 from ume_models.rollout.sequence import Sequence
 
@@ -56,7 +57,7 @@ def official_transition(
     return z + (mixed + expert_mix), probs
 
 
-class ReferenceEngine:
+class ReferenceEngine(SinglePassReference):
     """The official loop over a transformers module.
 
     Args:
@@ -65,49 +66,30 @@ class ReferenceEngine:
         adapter: the latent adapter, or None to feed hidden states back unchanged.
         eos: ids that end the decode loop.
         gen_id: id of ``<gen_emb>``.
-        max_new_tokens: budget of the decode loop after the suffix. The official default is
-            4096; a trained model stops after one.
     """
 
     def __init__(
         self,
         config: BackboneConfig,
-        model: Any,
+        model: torch.nn.Module,
         adapter: MoETransition | None,
         eos: frozenset[int],
         gen_id: int,
-        max_new_tokens: int,
     ) -> None:
-        self.config = config
-        self.model = model
+        super().__init__(config, model)
+        self._embedding = model.get_submodule("model.language_model.embed_tokens")
+        self._head = model.get_parameter("lm_head.weight")
         self.adapter = adapter
         self.eos = eos
         self.gen_id = gen_id
-        self.max_new_tokens = max_new_tokens
-
-    def _prefix(self, sequence: Sequence) -> tuple[torch.Tensor, Any]:
-        device = next(self.model.parameters()).device
-        visual: dict[str, torch.Tensor] = {}
-        for is_video, values, grids in (
-            (False, "pixel_values", "image_grid_thw"),
-            (True, "pixel_values_videos", "video_grid_thw"),
-        ):
-            chosen = [v for v in sequence.visuals if v.is_video is is_video]
-            if chosen:
-                visual[values] = torch.cat([v.patches for v in chosen]).to(device)
-                visual[grids] = torch.tensor([v.grid for v in chosen], device=device)
-        ids = torch.from_numpy(sequence.input_ids)[None].to(device)
-        positions = torch.from_numpy(sequence.positions)[:, None].to(device)
-        return full_forward(self.model, ids, positions, visual)
-
-    def hidden_at(self, sequence: Sequence, token: int) -> torch.Tensor:
-        """Single pass: hidden state ``[D]`` of one token."""
-        return self._prefix(sequence)[0][0, token]
 
     def run(
-        self, sequence: Sequence, plan: LatentPlan, trace: bool = False
+        self, sequence: Sequence, plan: LatentPlan, max_new_tokens: int, trace: bool = False
     ) -> tuple[torch.Tensor, RolloutTrace | None]:
-        """One sample; hidden state ``[D]`` before normalisation, and the trace if asked for."""
+        """One sample; hidden state ``[D]`` before normalisation, and the trace if asked for.
+
+        ``max_new_tokens`` is the budget of the decode loop after the suffix.
+        """
         hidden, cache = self._prefix(sequence)
         anchor = hidden[0, last_index(sequence, plan.anchor_id)]
         z = hidden[:, -1]
@@ -121,28 +103,30 @@ class ReferenceEngine:
             z = self._advance(fed[:, None], length, cache)[:, -1]
             length += 1
             latents.append(z)
-        embedding = self.model.get_input_embeddings()
+        embedding = self._embedding
         suffix = torch.tensor([plan.suffix_ids], device=z.device)
         out = self._advance(embedding(suffix), length, cache)
         length += len(plan.suffix_ids)
-        state = self._decode(out[:, -1], length, cache)
+        state = self._decode(out[:, -1], length, cache, max_new_tokens)
         if not trace:
             return state, None
         stacked = torch.cat(latents) if latents else z.new_zeros(0, z.shape[-1])
         return state, RolloutTrace(
-            stacked[None].float().cpu(), anchor[None].float().cpu(), state[None].float().cpu()
+            state[None].float().cpu(), stacked[None].float().cpu(), anchor[None].float().cpu()
         )
 
     def _advance(self, embeds: torch.Tensor, length: int, cache: Any) -> torch.Tensor:
         positions = torch.arange(length, length + embeds.shape[1], device=embeds.device)
         return cached_forward(self.model, embeds, positions.expand(3, 1, -1), cache)
 
-    def _decode(self, last: torch.Tensor, length: int, cache: Any) -> torch.Tensor:
+    def _decode(
+        self, last: torch.Tensor, length: int, cache: Any, max_new_tokens: int
+    ) -> torch.Tensor:
         """Greedy decoding after the forced suffix; the state at the last ``<gen_emb>`` wins."""
         state = last[0]
-        for _ in range(self.max_new_tokens):
-            token = int(F.linear(last, self.model.lm_head.weight).float().argmax(dim=-1))
-            embeds = self.model.get_input_embeddings()(torch.tensor([[token]], device=last.device))
+        for _ in range(max_new_tokens):
+            token = int(F.linear(last, self._head).float().argmax(dim=-1))
+            embeds = self._embedding(torch.tensor([[token]], device=last.device))
             last = self._advance(embeds, length, cache)[:, -1]
             length += 1
             if token == self.gen_id:
