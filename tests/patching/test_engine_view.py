@@ -20,6 +20,7 @@ from torch import nn
 from ume_models.assets import tiny_checkpoint
 from ume_models.patching import engine as engine_room
 from ume_models.patching.engine import Engine, engine_for, rows_of_inputs
+from ume_models.rollout.headers import Headers
 
 pytestmark = pytest.mark.compat
 
@@ -125,16 +126,20 @@ def test_headers_are_learnt_bounded_and_change_no_number(model: Any) -> None:
     batch = [engine.rows(inputs)[0] for inputs in mixed()]
     alone = torch.cat([engine.hidden_at([row], [-1]) for row in batch])
     torch.testing.assert_close(engine.hidden_at(batch, [-1] * 5), alone, atol=1e-5, rtol=1e-5)
-    headers = engine._rollout(False).headers
-    lengths = [len(h.sequence) for h in headers._headers]
-    assert lengths == [len(HEADER) + 5, len(HEADER)]  # with the white image, and up to any image
-    assert all(h.kv is not None for h in headers._headers)
+    assert header_lengths(engine, batch) == [len(HEADER) + 5, len(HEADER)]  # white image; any image
     pairs = [sample(9, (1, 4, 4), seed // 2) for seed in range(40)]
     many = [engine.rows(inputs)[0] for inputs in pairs]
+    assert 2 < len(header_lengths(engine, many)) <= 8
     found = engine.hidden_at(many, [-1] * 40)
-    assert 2 < len(engine._rollout(False).headers._headers) <= 8
     alone = torch.cat([engine.hidden_at([row], [-1]) for row in many])
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+
+
+def header_lengths(engine: Engine, rows: list[Any]) -> list[int]:
+    """Lengths of the headers of a batch."""
+    prompts = [engine.prompt(row) for row in rows]
+    headers = Headers(engine.config, prompts, [len(prompt) - 1 for prompt in prompts])
+    return [len(header.sequence) for header in headers._headers]
 
 
 def test_an_image_with_the_same_grid_but_other_pixels_is_not_taken_for_the_header(

@@ -63,7 +63,7 @@ def apply(target: Any, *, strict: bool = True, **options: Any) -> PatchReport:
     return PatchReport(subject, recipe, entries, changes)
 
 
-def accelerate(model: Any, *, logits: bool = True, strict: bool = True) -> PatchReport:
+def accelerate(model: torch.nn.Module, *, logits: bool = True, strict: bool = True) -> PatchReport:
     """Speed up a model that is loaded already; ``print`` the result to see what was done.
 
         report = ume_models.accelerate(model)

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from torch import nn
 
 from ume_models.backbone.config import BackboneConfig
 from ume_models.embedders.rows import rows_of_batch
-from ume_models.patching.learnt_headers import LearntHeaders
 from ume_models.patching.unwrap import unwrap
 from ume_models.patching.view import NoViewError, View, make_view, survey
-from ume_models.rollout.latent import LatentPlan, LatentRollout, RolloutTrace
+from ume_models.rollout.engine import Engine as Backbone
+from ume_models.rollout.engine import Trace
+from ume_models.rollout.latent import Latent, LatentPlan
 from ume_models.rollout.sequence import Sequence as Prompt
 from ume_models.rollout.sequence import Visual, build_sequence
+from ume_models.rollout.single_pass import SinglePass
 
 Row = tuple[np.ndarray, list[Visual]]
 """Unpadded token ids of one input and its images and videos."""
@@ -42,7 +45,7 @@ class Engine:
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self._rollouts: dict[bool, LatentRollout] = {}
+        self._backbone = Backbone(view.config, view.text, view.visual)
 
     @property
     def config(self) -> BackboneConfig:
@@ -78,10 +81,11 @@ class Engine:
 
     def hidden_at(self, rows: Sequence[Row | Prompt], tokens: Sequence[int]) -> torch.Tensor:
         """Hidden states ``[B, D]`` of one token per row, by its index; negative from the end."""
-        batch = [self._prompt(row) for row in rows]
-        at = [t if t >= 0 else len(p) + t for p, t in zip(batch, tokens, strict=True)]
+        batch = [replace(self._prompt(row)) for row in rows]  # one may stand there twice
+        at = {id(prompt): token for prompt, token in zip(batch, tokens, strict=True)}
+        policy = SinglePass(lambda prompt: at[id(prompt)] % len(prompt))
         with _plain_mode(self.device):
-            return self._prepared(False, batch).hidden_at(batch, at)
+            return self._backbone.run(batch, policy)[0]
 
     def rollout(
         self,
@@ -90,7 +94,7 @@ class Engine:
         *,
         adapter: bool = True,
         trace: bool = False,
-    ) -> tuple[torch.Tensor, RolloutTrace | None]:
+    ) -> tuple[torch.Tensor, Trace | None]:
         """Latent rollout of a batch.
 
         Args:
@@ -104,32 +108,17 @@ class Engine:
         """
         batch = [self._prompt(row) for row in rows]
         with _plain_mode(self.device):
-            return self._prepared(adapter, batch).run(batch, plan, trace)
+            policy = Latent(plan, self.view.adapter if adapter else None)
+            return self._backbone.run(batch, policy, trace)
 
     def release(self) -> None:
         """Free what was allocated for batches; the next one allocates again."""
-        for rollout in self._rollouts.values():
-            rollout.arena.release()
+        self._backbone.arena.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _prompt(self, row: Row | Prompt) -> Prompt:
         return row if isinstance(row, Prompt) else self.prompt(row)
-
-    def _prepared(self, with_adapter: bool, batch: Sequence[Prompt]) -> LatentRollout:
-        # Headers of this batch alone. Kept, they could outlive the weights they were computed
-        # with: fused optimizers and whatever writes through .data change weights without a trace.
-        rollout = self._rollout(with_adapter)
-        rollout.headers = LearntHeaders(self.config, batch)
-        return rollout
-
-    def _rollout(self, with_adapter: bool) -> LatentRollout:
-        adapter = self.view.adapter if with_adapter else None
-        key = adapter is not None
-        if key not in self._rollouts:
-            view = self.view
-            self._rollouts[key] = LatentRollout(view.config, view.text, view.visual, adapter)
-        return self._rollouts[key]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ume_models.encode import DEFAULT_BATCH_TOKENS, out_of_memory
 from ume_models.patching.engine import Engine, engine_for, rows_of_inputs
 from ume_models.patching.unwrap import unwrap
 from ume_models.patching.view import NoViewError, configuration
+from ume_models.rollout.engine import Trace
 from ume_models.rollout.latent import LatentPlan, RolloutTrace
 from ume_models.rollout.sequence import Sequence as Prompt
 from ume_models.rollout.sequence import build_sequence
@@ -38,7 +39,7 @@ Answer = tuple[torch.Tensor, bool, "dict[str, Any] | None"]
 class LatentCall:
     """Arguments of the official function that are the same for all samples of a run."""
 
-    model: Any
+    model: torch.nn.Module
     tokenizer: Any
     max_new_tokens: int
     latent_steps: int
@@ -223,7 +224,8 @@ class LatentCall:
             return {int(i) for i in ids if i is not None}
         return set() if ids is None else {int(ids)}
 
-    def _trace(self, trace: RolloutTrace, row: int, prompt: Prompt) -> dict[str, Any]:
+    def _trace(self, trace: Trace, row: int, prompt: Prompt) -> dict[str, Any]:
+        assert isinstance(trace, RolloutTrace)  # of a latent rollout
         known = self.disc_id >= 0 and bool((prompt.input_ids == self.disc_id).any())
         return {
             "latent_hiddens": trace.latents[row].clone(),
@@ -246,7 +248,7 @@ def _batches(prompts: Mapping[int, Prompt], device: torch.device) -> list[list[i
     return batches
 
 
-def _lm_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _lm_head(model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     root: Any = unwrap(model)
     head = getattr(root, "lm_head", None)
     if isinstance(head, nn.Module):
@@ -265,7 +267,7 @@ class WithPositions:
         config: its architecture.
     """
 
-    def __init__(self, model: Any, config: BackboneConfig) -> None:
+    def __init__(self, model: torch.nn.Module, config: BackboneConfig) -> None:
         self._model = model
         self._config = config
 
@@ -284,7 +286,7 @@ class WithPositions:
         return WithPositions(value, self._config) if name == "module" else value
 
 
-def model_for_original(model: Any) -> Any:
+def model_for_original(model: torch.nn.Module) -> Any:
     """The model as the original can call it under this version of transformers."""
     root = unwrap(model)
     if "mm_token_type_ids" not in inspect.signature(type(root).forward).parameters:

@@ -240,7 +240,7 @@ def _across_ranks(q: Tensor, p: Tensor, valid: Tensor, scale: float, local: bool
 
 def _backbone(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def _get_backbone_model(model: Any) -> Any:
+    def _get_backbone_model(model: torch.nn.Module) -> Any:
         backbone = original(model)
         return RepairedBackbone(backbone) if isinstance(backbone, torch.nn.Module) else backbone
 

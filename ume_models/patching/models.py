@@ -48,7 +48,7 @@ class Plan:
 
 
 def plan(
-    model: Any, *, logits: bool = True, strict: bool = True
+    model: torch.nn.Module, *, logits: bool = True, strict: bool = True
 ) -> tuple[list[Change], list[Entry]]:
     """What patching a model instance would change; sets nothing.
 
@@ -269,7 +269,7 @@ def _mask(text: nn.Module) -> Choice:
 def _norm(module: Any, device: torch.device | None) -> Choice:
     weight = module.weight
     backend, why = _now("rms_norm", weight, device, (1, 8), (8,))
-    if backend is Backend.TORCH:
+    if backend in (None, Backend.TORCH):
         return Choice("RMSNorm", why)
     return Choice(
         "RMSNorm", "without a gradient; else the original", forwards.RMSNormForward,
@@ -282,7 +282,7 @@ def _gated(module: nn.Module, device: torch.device | None) -> Choice:
     if not anatomy_room.silu(module._modules.get("act_fn")) or weight is None:
         return Choice("gated MLPs", "the activation is not SiLU")
     backend, why = _now("silu_mul", weight, device, (1, 8), (1, 8))
-    if why.startswith(_UNSUPPORTED):
+    if backend is None:
         return Choice("gated MLPs", why)
     return Choice(
         "gated MLPs",
@@ -329,7 +329,7 @@ def _linear(module: nn.Linear, device: torch.device | None) -> Choice:
     if type(module.weight) not in (torch.Tensor, nn.Parameter) and not _is_sharded(module.weight):
         return Choice("quantised linear layers", f"weights are {type(module.weight).__name__}")
     backend, why = _now("linear", module.weight, device, (1, 8), (8, 8), None)
-    if backend is Backend.TORCH:
+    if backend in (None, Backend.TORCH):
         return Choice("linear layers", why)
     return Choice(
         "linear layers", "few rows without a gradient; else the original",
@@ -341,17 +341,16 @@ def _is_sharded(weight: object) -> bool:
     return type(weight).__name__ == "DTensor"
 
 
-_UNSUPPORTED = "no kernel "
-
-
 def _now(
     op: str, weight: torch.Tensor, device: torch.device | None, *shapes: tuple[int, ...] | None
-) -> tuple[Backend, str]:
-    """The backend an operation would use for operands like a weight, and why not a better one."""
+) -> tuple[Backend | None, str]:
+    """The backend an operation would use for operands like a weight, and why not a better one.
+
+    None where there is nothing for their device or number format.
+    """
     where = device or weight.device
     if where.type not in DEVICES or weight.dtype not in DTYPES:
-        told = f"{_UNSUPPORTED}for {weight.dtype} on {where.type}"
-        return Backend.TORCH, f"{told}; {_AGAIN}"
+        return None, f"no kernel for {weight.dtype} on {where.type}; {_AGAIN}"
     operands = [
         None if shape is None else torch.empty(shape, device=where, dtype=weight.dtype)
         for shape in shapes

@@ -179,7 +179,7 @@ def repaired_backbone(original: Callable[..., Any]) -> Callable[..., Any]:
     """``_get_backbone_model`` whose result reads the suffix mask as flash-attention does."""
 
     @functools.wraps(original)
-    def get_backbone_model(model: Any) -> Any:
+    def get_backbone_model(model: torch.nn.Module) -> Any:
         return RepairedBackbone(original(model))
 
     return get_backbone_model

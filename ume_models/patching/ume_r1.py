@@ -26,7 +26,7 @@ def with_single_pass(original: Callable[..., Any]) -> Callable[..., Any]:
     """``encode_embeddings(model, loader, …)`` that computes only the hidden states it reads."""
 
     @functools.wraps(original)
-    def encode_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def encode_embeddings(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         with single_pass(model):
             return original(model, *args, **kwargs)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -65,7 +65,22 @@ class _Stub:
         return (self.last_hidden_state,)[index]
 
 
-def encode(model: Any, input: Inputs) -> Tensor | None:
+class MMEBModel(Protocol):
+    """What is used here of VLM2Vec's class of that name."""
+
+    encoder: nn.Module
+    cross_entropy: nn.Module
+    temperature: float
+    is_ddp: bool
+    world_size: int
+
+    def encode_input(self, input: Inputs) -> Tensor: ...
+    def compute_similarity(self, q_reps: Tensor, p_reps: Tensor) -> Tensor: ...
+    def _pooling(self, last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def _dist_gather_tensor(self, t: Tensor) -> Tensor: ...
+
+
+def encode(model: MMEBModel, input: Inputs) -> Tensor | None:
     """What ``MMEBModel.encode_input`` returns, ``[B, D]``; None where the original must run."""
     encoder = model.encoder
     root = unwrap(encoder)
@@ -93,7 +108,7 @@ def encode(model: Any, input: Inputs) -> Tensor | None:
     return None if states is None else model._pooling(states, mask)
 
 
-def _official(model: nn.Module, name: str) -> bool:
+def _official(model: object, name: str) -> bool:
     """Whether a method is MMEBModel's own, not one of a subclass or of the instance."""
     method = getattr(type(model), name, None)
     return getattr(method, "__qualname__", "") == f"MMEBModel.{name}" and name not in vars(model)
@@ -241,7 +256,7 @@ def _without_head(encoder: nn.Module, root: nn.Module, input: Inputs) -> Tensor 
 # -- loss ---------------------------------------------------------------------------------------
 
 
-def loss_of(model: Any, qry_reps: Any, tgt_reps: Any) -> Tensor:
+def loss_of(model: MMEBModel, qry_reps: Any, tgt_reps: Any) -> Tensor:
     """The loss of ``MMEBModel.forward``: in-batch negatives of all ranks, times their number."""
     if model.is_ddp:
         qry_reps = model._dist_gather_tensor(qry_reps)
@@ -273,7 +288,7 @@ def _plain_loss(module: Any) -> bool:
     )
 
 
-def _forward(model: Any, original: Callable[[], Any], qry: Any, tgt: Any) -> Any:
+def _forward(model: MMEBModel, original: Callable[[], Any], qry: Any, tgt: Any) -> Any:
     if not qry or not tgt or not undisturbed():
         return original()
     qry_reps, tgt_reps = model.encode_input(qry), model.encode_input(tgt)
@@ -311,7 +326,7 @@ class EncodeInput(InstanceForward):
 
     def __call__(self, input: Inputs) -> Any:
         """``[B, D]``; see `encode`."""
-        found = encode(self.module, input)
+        found = encode(cast(MMEBModel, self.module), input)
         return self.original(input) if found is None else found
 
 
@@ -321,7 +336,7 @@ class ModelForward(InstanceForward):
     def __call__(self, qry: Any = None, tgt: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The loss, or the embeddings where only one side is given."""
         run = functools.partial(self.original, qry, tgt, *args, **kwargs)
-        return _forward(self.module, run, qry, tgt)
+        return _forward(cast(MMEBModel, self.module), run, qry, tgt)
 
 
 _ENCODE = (
@@ -340,7 +355,7 @@ _LEFT = {
 }
 
 
-def plan_instance(model: Any) -> list[Change]:
+def plan_instance(model: torch.nn.Module) -> list[Change]:
     """Changes of one ``MMEBModel``; none where its class or the instance has them already.
 
     Raises:
