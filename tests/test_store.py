@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ume_models.errors import StoreError
+from ume_models.errors import ErrorKind, StoreError
 from ume_models.store import (
     LOCK_FILE,
     EmbeddingStore,
@@ -103,7 +103,6 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert store.skipped()[0] == Skipped(3, "id3", "is broken")
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     items=st.integers(1, 40),
     size=st.integers(1, 50),
@@ -149,6 +148,7 @@ def test_a_store_is_continued_with_the_same_bytes(tmp_path: Path) -> None:
         ({"shard_size": 2}, "shard_size: 3 in the store, 2 now"),
         ({"items_digest": "e"}, "the items file has changed"),
         ({"package_version": "2"}, "package_version"),
+        ({"encoding": {**MANIFEST.encoding, "profile": "x"}}, "--profile before-profiles goes on"),
     ],
 )
 def test_other_settings_are_refused_and_named(
@@ -161,6 +161,7 @@ def test_other_settings_are_refused_and_named(
     assert named in str(caught.value)
     assert "--overwrite" in str(caught.value)
     assert "-o" in str(caught.value)
+    assert caught.value.kind is ErrorKind.OTHER_SETTINGS
     assert contents(tmp_path) == before
 
 

@@ -19,7 +19,7 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 
 from ume_models.atomic import remove_leftovers, write_atomically
-from ume_models.errors import StoreError
+from ume_models.errors import ErrorKind, StoreError
+from ume_models.profile import BEFORE_PROFILES
 
 FORMAT = "ume-embeddings"
 FORMAT_VERSION = 1
@@ -114,20 +115,57 @@ class Manifest:
 
     def differences(self, other: Manifest) -> list[str]:
         """One line for each setting in which ``other`` is not what this store holds."""
-        mine, theirs = _flat(self.to_json()), _flat(other.to_json())
-        return [
-            "the items file has changed"
-            if name == "items_digest"
-            else f"{name}: {mine.get(name)!r} in the store, {theirs.get(name)!r} now"
-            for name in sorted(mine.keys() | theirs.keys())
-            if name not in _INFORMATIVE and mine.get(name) != theirs.get(name)
-        ]
+        changed = self.items_digest != other.items_digest
+        silent = {*_INFORMATIVE, "items_digest"}
+        others = setting_differences(self.to_json(), other.to_json(), silent, "in the store")
+        return ["the items file has changed"] * changed + others
+
+
+def setting_differences(
+    there: Mapping[str, Any], now: Mapping[str, Any], informative: Collection[str], where: str
+) -> list[str]:
+    """One line for each setting in which two manifests differ, but for informative ones."""
+    mine, theirs = _flat(there), _flat(now)
+    remedies = {"profile": f" (--profile {mine.get('profile')} goes on with it)"}
+    return [
+        f"{name}: {mine.get(name)!r} {where}, {theirs.get(name)!r} now{remedies.get(name, '')}"
+        for name in sorted(mine.keys() | theirs.keys())
+        if name not in informative and mine.get(name) != theirs.get(name)
+    ]
 
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by their plain name; JSON round trip, so that tuples and lists compare equal."""
     plain: dict[str, Any] = json.loads(json.dumps(fields))
-    return {**plain.pop("encoding"), **plain}
+    settings = plain.pop("encoding", None) or plain.pop("settings", {})
+    return {**under_profile(settings), **plain}
+
+
+def under_profile(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings with family and profile; before these had names, all were PLUME's."""
+    named = {} if "source" in settings else {"embedder": "plume", "profile": BEFORE_PROFILES}
+    return {**named, **settings}
+
+
+def require_one_profile(
+    one: tuple[str, Mapping[str, Any]], other: tuple[str, Mapping[str, Any]], remedy: str
+) -> None:
+    """Refuse to mix embeddings of two profiles of one family.
+
+    Args:
+        one, other: what is named in the message, and its recorded settings.
+        remedy: what to do.
+
+    Raises:
+        StoreError: the profiles differ, by name or by what the name stands for; both are named.
+    """
+    keys = ("embedder", "profile", "profile_fingerprint")
+    mine, theirs = ([under_profile(of).get(key, "") for key in keys] for _, of in (one, other))
+    if mine[0] == theirs[0] and mine != theirs:
+        raise StoreError(
+            f"{one[0]} has the profile {' '.join(mine[1:])}, {other[0]} has "
+            f"{' '.join(theirs[1:])}: embeddings of two profiles are never mixed; {remedy}"
+        )
 
 
 @dataclass(frozen=True)
@@ -261,7 +299,8 @@ class EmbeddingStore:
         if not (directory / _MANIFEST).is_file():
             raise StoreError(
                 f"{directory} has no {_MANIFEST}: it is not an embedding store; "
-                f"write one with: ume embed ITEMS.jsonl -o {directory}"
+                f"write one with: ume embed ITEMS.jsonl -o {directory}",
+                kind=ErrorKind.NOT_FOUND,
             )
         store = cls(directory, _read_manifest(directory))
         # The numbers themselves are checked as they are read, so that they are read only once.
@@ -285,7 +324,10 @@ class EmbeddingStore:
         """
         directory = Path(directory)
         if not (directory / _MANIFEST).is_file():
-            raise StoreError(f"{directory} has no {_MANIFEST}: it is not an embedding store")
+            raise StoreError(
+                f"{directory} has no {_MANIFEST}: it is not an embedding store",
+                kind=ErrorKind.NOT_FOUND,
+            )
         return cls(directory, _read_manifest(directory))
 
     @property
@@ -404,14 +446,15 @@ class EmbeddingStore:
             if differences:
                 raise StoreError(
                     f"{self.directory} holds embeddings made with other settings:\n  "
-                    + "\n  ".join(differences)
-                    + "\nchoose another folder with -o, or replace them with --overwrite"
+                    + "\n  ".join(differences),
+                    remedy="choose another folder with -o, or replace them with --overwrite",
+                    kind=ErrorKind.OTHER_SETTINGS,
                 )
             return
         elif shards:
             raise StoreError(
-                f"{self.directory} has shards but no {_MANIFEST}: "
-                "choose another folder with -o, or replace them with --overwrite"
+                f"{self.directory} has shards but no {_MANIFEST}",
+                remedy="choose another folder with -o, or replace them with --overwrite",
             )
         write_atomically(path, _json_bytes(self.manifest.to_json()))
 
@@ -430,7 +473,8 @@ class EmbeddingStore:
             bad = content.records[int(finite.logical_not().nonzero()[0, 0])]
             raise StoreError(
                 f"the embedding of item {bad.id!r} is not finite: the weights hold NaN or "
-                "infinity, or the dtype is too narrow; try --dtype float32"
+                "infinity, or the dtype is too narrow; try --dtype float32",
+                kind=ErrorKind.NOT_FINITE,
             )
 
     def _listing(self, shard: int) -> _Listing | None:
@@ -526,7 +570,8 @@ def lock_folder(directory: Path) -> int | None:
             holder = os.pread(lock, 1024, 0).decode(errors="replace")
             os.close(lock)
             raise StoreError(
-                f"another process is writing to {directory} ({holder.strip()}): wait for it"
+                f"another process is writing to {directory} ({holder.strip()}): wait for it",
+                kind=ErrorKind.HELD,
             ) from None
         except OSError as error:
             os.close(lock)

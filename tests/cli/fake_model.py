@@ -22,45 +22,68 @@ from typing import Any
 
 import torch
 
+from ume_models.embedder import EmbedOptions
+from ume_models.embedders.registry import family_class
 from ume_models.errors import ItemError
-from ume_models.processing import ImageConfig, Item, MediaSource
+from ume_models.processing import Item, MediaSource
 from ume_models.processing.media import decode_rgb, describe
+from ume_models.profile import BEFORE_PROFILES
 
 DIM = 8
 
 
 @dataclass
 class FakeModel:
-    """What the commands use of a model."""
+    """What the commands use of an ``Embedder``."""
 
+    family: str
+    options: EmbedOptions
+    profile: Any
+    processor: Any
+    fingerprint: str
+    engine: str
     hidden_size: int = DIM
-    latent_steps: int = 8
-    fingerprint: str = "f" * 32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
-    options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def processor(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            text_only_image=True,
-            empty="error",
-            multi_image=self.options.get("multi_image"),
-            config=ImageConfig(),
-        )
-
-    @property
-    def config_summary(self) -> dict[str, Any]:
-        names = ("engine", "context", "dtype")
-        chosen = {name: self.options.get(name) for name in names}
-        return {**chosen, "latent_steps": self.latent_steps, "hidden_size": self.hidden_size}
+    def described(self, options: EmbedOptions) -> dict[str, Any]:
+        named = {"embedder": self.family, "profile": self.profile.name}
+        old = self.profile.name == BEFORE_PROFILES
+        return {
+            "engine": self.engine,
+            "dtype": "float32",
+            "hidden_size": self.hidden_size,
+            **options.described(),
+            **({} if old else {**named, "profile_fingerprint": self.profile.fingerprint}),
+        }
 
 
-def load(path: str | None = None, **options: Any) -> FakeModel:
-    """Stands in for ``ume_models.load``; the path is the identity of the weights."""
-    steps = options.get("latent_steps", 8)
-    name = hashlib.sha256(str(path).encode()).hexdigest()[:32]
-    return FakeModel(latent_steps=steps, fingerprint=name, options=options)
+def load(
+    path: str | None = None,
+    *,
+    family: str | None = None,
+    profile: str | None = None,
+    engine: str = "fast",
+    multi_image: str | None = None,
+    empty: str = "error",
+    device: str = "auto",
+    dtype: str = "auto",
+    **options: Any,
+) -> FakeModel:
+    """Stands in for ``ume_models.load``; path and profile are the identity of the weights."""
+    cls = family_class(family or "plume")
+    name = profile or "official"
+    digest = hashlib.sha256(f"{path}{name}".encode()).hexdigest()
+    return FakeModel(
+        family=cls.family,
+        options=cls.Options().replaced(options),
+        profile=SimpleNamespace(name=name, fingerprint=f"of {name}"),
+        processor=SimpleNamespace(
+            empty=empty, described=lambda: {"multi_image": multi_image, "empty": empty}
+        ),
+        fingerprint=digest[:32],
+        engine=engine,
+    )
 
 
 def vector(item: Item) -> torch.Tensor:
@@ -74,7 +97,7 @@ def _pixels(source: MediaSource) -> bytes:
     try:
         return decode_rgb(source).tobytes()
     except ItemError as error:
-        raise ItemError(f"image {describe(source)} {error.reason}") from error
+        raise error.at(None, reason=f"image {describe(source)} {error.reason}") from error
 
 
 def make_encoder(before_item: Callable[[], None] = lambda: None) -> Callable[..., Any]:
@@ -92,7 +115,7 @@ def make_encoder(before_item: Callable[[], None] = lambda: None) -> Callable[...
                 else:
                     rows.append(vector(item))
             except ItemError as error:
-                named = ItemError(error.reason, index, item.id)
+                named = error.at(index, item.id)
                 if on_error == "raise":
                     raise named from error
                 errors.append(named)

@@ -147,7 +147,7 @@ def test_rounds_are_read_from_what_was_noted(tmp_path: Path) -> None:
 
 def test_curves_hold_the_other_number_at_its_ends(results: Path) -> None:
     figures = read_results(results).sections()["rollout"]
-    lines = curves(figures, lambda f: f.batch, lambda f: f.latent_steps)
+    lines = curves(figures, lambda f: f.batch, lambda f: f.steps)
     assert {(line.engine, line.held) for line in lines} == {
         (engine, k) for engine in ("fast", "loop", "other") for k in (0, 8)
     }
@@ -156,7 +156,7 @@ def test_curves_hold_the_other_number_at_its_ends(results: Path) -> None:
     assert [figure.rate for _, figure in ours.points] == pytest.approx(
         [b / (0.018 * b**0.5) for b in (1, 4, 16)]
     )
-    assert curves(figures[:1], lambda f: f.batch, lambda f: f.latent_steps) == []
+    assert curves(figures[:1], lambda f: f.batch, lambda f: f.steps) == []
 
 
 def test_the_report_has_tables_plots_and_a_page(
@@ -271,7 +271,7 @@ def test_bad_files_are_named(tmp_path: Path, content: str | None, reason: str) -
 @pytest.mark.parametrize(
     ("name", "section", "ratio"),
     [
-        # ratios of README's tables
+        # ratios of the tables of docs/measure.md
         ("2026-11-21-epyc-zen4-2-cores.json", "Per input class", "3.62×"),
         ("2026-11-21-patching-epyc-zen4-2-cores.json", "Unmodified evaluation script", "5.30×"),
     ],

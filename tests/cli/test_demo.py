@@ -36,7 +36,7 @@ def perfect(monkeypatch: pytest.MonkeyPatch, ume: Ume) -> Ume:
         rows = torch.zeros(len(items), len(columns))
         for row, item in enumerate(items):
             rows[row, columns[answer_of.get(item.id, item.id)]] = 1.0
-        if model.options["engine"] == "reference" and items[0].id == tasks[0].queries[0]["id"]:
+        if model.engine == "reference" and items[0].id == tasks[0].queries[0]["id"]:
             rows[0] = rows[0].roll(1)
         return SimpleNamespace(embeddings=rows)
 

@@ -28,7 +28,12 @@ def test_a_checkpoint_of_ours(ume: Ume, checkpoint_dir: Path) -> None:
     assert told["can_be_accelerated"] is True
     assert told["problems"] == []
     assert told["suits"] == ["plume-eval", "plume-train"]
-    assert told["fast_engine"] == {"loads": True, "reason": ""}
+    assert told["fast_engine"] == {
+        "loads": True,
+        "reason": "",
+        "embedder": "plume",
+        "profile": "official",
+    }
     actions = {entry["target"]: entry["action"] for entry in told["entries"]}
     assert actions["latent_moe_transition"] == "replaced"
     assert actions["model.visual.patch_embed"] == "replaced"
@@ -104,7 +109,7 @@ def test_why_the_fast_engine_does_not_take_it(ume: Ume, copied_checkpoint: Path)
     file = copied_checkpoint / "model.safetensors"
     state = {k: v for k, v in load_file(file).items() if "latent_moe" not in k}
     save_file(state, file)
-    told = json.loads(ume("doctor", copied_checkpoint, "--json").stdout)
+    told = json.loads(ume("doctor", copied_checkpoint, "--family", "plume", "--json").stdout)
     assert told["can_be_accelerated"] is True
     assert told["fast_engine"]["loads"] is False
     assert "no latent_moe_transition.* tensors" in told["fast_engine"]["reason"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ume_models.errors import OptionError
 from ume_models.processing import Item
 from ume_models.store import EmbeddingStore
 
@@ -238,7 +239,7 @@ def test_a_byte_order_mark_and_windows_lines_are_fine(ume: Ume, tmp_path: Path) 
 @pytest.mark.parametrize(
     "error",
     [
-        ValueError("dtype must be one of a, b"),
+        OptionError("dtype must be one of a, b"),
         MemoryError("dtype must be one of a, b"),
         RuntimeError("CUDA out of memory: dtype must be one of a, b\nallocator: …"),
     ],
@@ -324,9 +325,21 @@ def test_wrong_usage_ends_with_2(ume: Ume, arguments: list[str]) -> None:
     assert "Traceback" not in result.output
 
 
+def test_options_of_another_family_are_an_error_of_one_line(
+    ume: Ume, write_items: WriteItems, tmp_path: Path
+) -> None:
+    chosen = ("--family", "vlm2vec", "--latent-steps", 3)
+    result = ume("embed", write_items({"text": "a"}), "-o", tmp_path / "out", *chosen)
+    assert result.exit_code == 1
+    assert "latent_steps" in result.stderr
+    assert "Traceback" not in result.output
+
+
 def test_the_manifest_is_plain_json(ume: Ume, write_items: WriteItems, tmp_path: Path) -> None:
     ume("embed", write_items({"text": "a"}), "-o", tmp_path / "out", "--context", "none")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["model"] == "bundled"
     assert manifest["encoding"]["context"] == "none"
+    assert manifest["encoding"]["embedder"] == "plume"
+    assert manifest["encoding"]["profile"] == "official"
     assert manifest["num_items"] == 1

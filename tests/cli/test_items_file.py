@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import ume_models.encode
-from ume_models.commands.encoding import EncodingOptions, embed_rows
+from ume_models.commands.encoding import embed_rows
 from ume_models.commands.items_file import ItemsFile
 from ume_models.errors import UmeError
 
@@ -80,11 +80,11 @@ def test_every_line_is_read_again_as_it_was(write_items: WriteItems) -> None:
 def test_stop_never_skips(write_items: WriteItems, ume: Ume, fake_model: ModuleType) -> None:
     path = write_items(LINES[0], "{bad", {"image": "none.png", "id": "x"})
     items = ItemsFile(path, "skip")
-    options: dict[str, Any] = {"workers": 0}
-    model, chosen = fake_model.load(), EncodingOptions()
-    shard = embed_rows(model, chosen, items, range(3), on_error="skip", **options)
+    options: dict[str, Any] = {"batch_tokens": None, "workers": 0}
+    model = fake_model.load()
+    shard = embed_rows(model, items, range(3), on_error="skip", **options)
     assert [entry.row for entry in shard.skipped] == [1, 2]
     with pytest.raises(UmeError, match=r"line 2.*not valid JSON"):
-        embed_rows(model, chosen, items, range(2), on_error="stop", **options)
+        embed_rows(model, items, range(2), on_error="stop", **options)
     with pytest.raises(UmeError, match=r"line 3.*none\.png"):
-        embed_rows(model, chosen, items, [0, 2], on_error="stop", **options)
+        embed_rows(model, items, [0, 2], on_error="stop", **options)

@@ -112,28 +112,71 @@ def test_queries_use_the_settings_of_the_index(
     out = tmp_path / "out"
     chosen = ("--latent-steps", 3, "--context", "none", "--dtype", "float32", "--mode", "disc")
     assert ume("embed", items, "-o", out, *chosen, "--multi-image", "first").exit_code == 0
-    loaded, encoded = {}, {}
+    loaded: dict[str, Any] = {}
 
     def load(path: str | None = None, **options: Any) -> Any:
         loaded.update(options)
         return fake_model.load(path, **options)
 
-    def encode(model: Any, given: Any, **options: Any) -> Any:
-        encoded.update(options)
-        return fake_model.make_encoder()(model, given, **options)
-
     monkeypatch.setattr("ume_models.load", load)
-    monkeypatch.setattr("ume_models.encode.encode_detailed", encode)
     assert ume("search", "--index", out, "--queries", items, "-k", 1).exit_code == 0
-    assert encoded["mode"] == "disc"
     assert loaded == {
         "device": "auto",
         "dtype": "float32",
-        "context": "none",
+        "family": "plume",
+        "profile": "official",
         "engine": "fast",
         "multi_image": "first",
+        "empty": "error",
+        "mode": "disc",
         "latent_steps": 3,
+        "context": "none",
+        "disc_offset": 0,
     }
+
+
+def edit_encoding(index: Path, **changes: Any) -> None:
+    """Change settings of a manifest."""
+    path = index / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["encoding"].update(changes)
+    path.write_text(json.dumps(manifest))
+
+
+def test_an_index_written_before_profiles_is_searched_as_then(
+    ume: Ume, write_items: WriteItems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items, out = write_items({"text": "a"}), tmp_path / "out"
+    assert ume("embed", items, "-o", out, "--profile", "before-profiles").exit_code == 0
+    encoding = json.loads((out / "manifest.json").read_text())["encoding"]
+    assert not {"embedder", "profile", "profile_fingerprint"} & {*encoding}
+    assert ume("search", "--index", out, "--queries", items).exit_code == 0
+    # Going on with it under another profile would mix the two.
+    again = ume("embed", items, "-o", out)
+    assert again.exit_code == 1
+    assert "--profile before-profiles" in again.stderr
+    assert "official" in again.stderr
+
+
+def test_an_index_under_a_convention_that_changed_is_refused(
+    ume: Ume, write_items: WriteItems, index: Path
+) -> None:
+    edit_encoding(index, profile_fingerprint="0" * 16)
+    queries = write_items({"text": "x"}, name="q.jsonl")
+    result = ume("search", "--index", index, "--queries", queries)
+    assert result.exit_code == 1
+    assert "0" * 16 in result.stderr
+    assert str(index) in result.stderr
+
+
+def test_an_index_of_an_unknown_family_is_refused(
+    ume: Ume, write_items: WriteItems, index: Path
+) -> None:
+    edit_encoding(index, embedder="tomorrow")
+    queries = write_items({"text": "x"}, name="q.jsonl")
+    result = ume("search", "--index", index, "--queries", queries)
+    assert result.exit_code == 1
+    assert "tomorrow" in result.stderr
 
 
 def test_another_model_is_refused(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ume_models.errors import StoreError
@@ -157,6 +157,34 @@ def test_settings_that_differ_are_listed(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "refused"),
+    [
+        ({}, {"embedder": "plume", "profile": "before-profiles"}, False),
+        ({}, {"embedder": "plume", "profile": "official"}, True),
+        ({"profile": "official"}, {"profile": "plume-bundle"}, True),
+        (
+            {"profile": "official", "profile_fingerprint": "1"},
+            {"profile": "official", "profile_fingerprint": "2"},
+            True,
+        ),
+        ({"profile": "official"}, {"embedder": "gme", "profile": "vlm2vec"}, False),
+        ({"profile": "official"}, {"source": "stored embeddings"}, False),
+    ],
+)
+def test_two_profiles_of_a_family_are_not_compared(
+    tmp_path: Path, one: dict[str, str], other: dict[str, str], refused: bool
+) -> None:
+    a, b = run(tmp_path / "a", {}, one), run(tmp_path / "b", {}, other)
+    if not refused:
+        compare(a, b)
+        return
+    with pytest.raises(StoreError) as caught:
+        compare(a, b)
+    for named in (str(a.path), str(b.path), "--profile", one.get("profile", "before-profiles")):
+        assert named in str(caught.value)
+
+
 def test_other_data_are_noticed(tmp_path: Path) -> None:
     rankings = found({"1": "ab"})
     a, b = run(tmp_path / "a", {}), run(tmp_path / "b", {})
@@ -229,7 +257,6 @@ def test_cosines_in_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch
     assert paired_cosines(a, b, *rows) == whole
 
 
-@settings(max_examples=40, deadline=None)
 @given(order=st.permutations("abcdefgh"), cut=st.integers(2, 8))
 def test_kendalls_tau_is_scipys(order: list[str], cut: int) -> None:
     stats = pytest.importorskip("scipy.stats", reason="SciPy's Kendall tau is not here")
@@ -255,7 +282,6 @@ def test_agreement_of_short_long_and_empty_rankings() -> None:
         rank_agreement([], [])
 
 
-@settings(max_examples=15, deadline=None)
 @given(better=st.integers(0, 30), worse=st.integers(0, 30), same=st.integers(1, 50))
 def test_hits_are_tested_as_mcnemar_does(better: int, worse: int, same: int) -> None:
     """For differences of ±1 the sign-flip test is the exact binomial test of the signs."""

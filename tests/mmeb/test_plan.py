@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from ume_models.errors import StoreError
+from ume_models.errors import ErrorKind, StoreError
 from ume_models.mmeb.embeddings import EmbeddingLookup
 from ume_models.mmeb.plan import make_plan, open_store
 from ume_models.store import Manifest, Record, Shard, Skipped
@@ -129,11 +129,15 @@ def test_a_smaller_selection_then_the_whole(tmp_path):
 
 def test_other_settings_and_a_second_process_are_refused(tmp_path):
     plan = make_plan(tmp_path, keys("text", [1]), manifest(), SIZES)
-    with pytest.raises(StoreError, match="another process"):
+    with pytest.raises(StoreError) as held:
         make_plan(tmp_path, keys("text", [1]), manifest(), SIZES)
+    assert held.value.kind is ErrorKind.HELD
     plan.close()
-    with pytest.raises(StoreError, match="dtype"):
+    # The evaluation's own settings were compared before: here the folder is at fault.
+    with pytest.raises(StoreError, match="dtype") as damaged:
         make_plan(tmp_path, keys("text", [1]), manifest(encoding={"dtype": "bfloat16"}), SIZES)
+    assert damaged.value.kind is ErrorKind.DAMAGED
+    assert "--overwrite" not in str(damaged.value)
 
 
 def test_what_a_kill_can_leave_behind(tmp_path):

@@ -44,6 +44,11 @@ def results_in(folder):
         ({"encoding": {"latent_steps": 4, "dtype": "float32"}}, "latent_steps: 8 there, 4 now"),
         ({"reading": ReadOptions(labels="legacy")}, "labels: 'fixed' there, 'legacy' now"),
         ({"reading": ReadOptions(instructions="vlm2vec")}, "instructions"),
+        ({"reading": ReadOptions(frames=64)}, "frames: None there, 64 now"),
+        (
+            {"encoding": {"latent_steps": 8, "dtype": "float32", "profile": "official"}},
+            "profile: 'before-profiles' there, 'official' now",
+        ),
         ({"options": EvalOptions(legacy_ndcg=True)}, "legacy_ndcg"),
         ({"benchmark": "M-BEIR"}, "benchmark"),
     ],

@@ -114,7 +114,7 @@ def test_tasks_add_up(evaluated, miniature, tmp_path):
 
 
 def test_a_first_attempt_that_fails_does_not_stand_in_the_way(evaluated, miniature, tmp_path):
-    """Embeddings as README writes them, the names wrong at first."""
+    """Embeddings as docs/evaluate.md writes them, the names wrong at first."""
     [task], data = tasks(LOCAL), read_task(*tasks(LOCAL), miniature, ReadOptions())
     queries, candidates, _ = task_embeddings(evaluated, LOCAL)
     assert [item.id for item in data.candidates] == list(data.candidates.names)

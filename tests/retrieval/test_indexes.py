@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ume_models.errors import StoreError, UmeError
@@ -77,7 +77,6 @@ def test_exact_search_of_half_precision_keeps_ties_in_order() -> None:
     assert result.ids == [["item 1", "item 6", "item 11"]]
 
 
-@settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 60), dim=st.integers(1, 12), seed=st.integers(0, 999), data=st.data())
 def test_results_are_sorted_distinct_and_consistent(
     rows: int, dim: int, seed: int, data: st.DataObject

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ume_models.retrieval import ranking_quality
@@ -20,7 +20,6 @@ def test_a_case_worked_out_by_hand() -> None:
     assert (quality.queries, quality.candidates) == (3, 6)
 
 
-@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), queries=st.integers(1, 8), candidates=st.integers(2, 12))
 def test_mrr_is_scikit_learns(seed: int, queries: int, candidates: int) -> None:
     metrics = pytest.importorskip("sklearn.metrics")

@@ -1,5 +1,6 @@
 """Commands about measuring: eval and bench."""
 
+# ruff: noqa: UP045 - typer evaluates annotations at run time
 from __future__ import annotations
 
 import os
@@ -9,15 +10,7 @@ from typing import Annotated, Any, Literal, Optional
 
 import typer
 
-from ume_models.cli.options import (
-    Context,
-    DeviceOption,
-    DType,
-    Engine,
-    Mode,
-    MultiImage,
-    OnError,
-)
+from ume_models.cli.options import MODEL_PANEL, OnError, takes_encoding
 
 
 class Labels(str, Enum):
@@ -35,12 +28,14 @@ class Instructions(str, Enum):
 
 
 _WORKERS = 2
-_DATA, _WHAT, _HOW, _OTHER = "Data", "Tasks", "Model", "Instead of evaluating a model"
+_DATA, _WHAT, _OTHER = "Data", "Tasks", "Instead of evaluating a model"
 
 
+@takes_encoding
 def evaluate(
+    encoding: Any,
     data: Annotated[
-        Optional[str],  # noqa: UP045 - evaluated at run time
+        Optional[str],
         typer.Option(
             metavar="ROOT",
             help="Folder with image-tasks, video-tasks and visdoc-tasks, as published; or the word "
@@ -49,23 +44,18 @@ def evaluate(
         ),
     ] = None,
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[Path],
         typer.Option("--output", "-o", metavar="DIR", help="Folder for the results."),
     ] = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Checkpoint folder or hub id.",
-            metavar="PATH",
-            show_default="the bundled one",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
     benchmark: Annotated[
-        str, typer.Option(help="MMEB-v2, MMEB-v1 or M-BEIR.", rich_help_panel=_WHAT)
+        str,
+        typer.Option(
+            help="MMEB-v2, MMEB-v2-2026 (corrected, as on the leaderboard), MMEB-v1 or M-BEIR.",
+            rich_help_panel=_WHAT,
+        ),
     ] = "MMEB-v2",
     tasks: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        Optional[list[str]],
         typer.Option(
             metavar="NAMES",
             help="Names or groups, with commas: CIRR,V-RET. --list shows them.",
@@ -74,7 +64,7 @@ def evaluate(
         ),
     ] = None,
     modality: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        Optional[list[str]],
         typer.Option(
             metavar="NAMES",
             help="image, video, visdoc.",
@@ -83,13 +73,23 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        Optional[int],  # noqa: UP045
+        Optional[int],
         typer.Option(
             min=1,
             metavar="N",
             help="Only the first N queries of each task; candidates are never reduced.",
             show_default="all",
             rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    frames: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Frames per video.",
+            show_default="the profile's, else 8",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     labels: Annotated[
@@ -127,70 +127,14 @@ def evaluate(
             rich_help_panel=_DATA,
         ),
     ] = False,
-    engine: Annotated[
-        Engine,
-        typer.Option(
-            help="'reference' follows the official code step by step, slowly.",
-            rich_help_panel=_HOW,
-        ),
-    ] = Engine.FAST,
-    device: DeviceOption = "auto",
-    dtype: Annotated[
-        DType, typer.Option(help="Number format of the model.", rich_help_panel=_HOW)
-    ] = DType.AUTO,
-    mode: Annotated[
-        Mode,
-        typer.Option(
-            help="gen: after the latent steps; disc: before them; last: last token.",
-            rich_help_panel=_HOW,
-        ),
-    ] = Mode.GEN,
-    latent_steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            min=0, help="Latent steps.", metavar="K", show_default="8", rich_help_panel=_HOW
-        ),
-    ] = None,
-    context: Annotated[
-        Context,
-        typer.Option(help="What the router sees beside the latent state.", rich_help_panel=_HOW),
-    ] = Context.DISC,
-    multi_image: Annotated[
-        Optional[MultiImage],  # noqa: UP045
-        typer.Option(
-            help="Items with several images: all of them, or the first as officially.",
-            show_default="refuse them",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    disc_offset: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=1,
-            help="With --mode disc: 0 reads <disc_emb> as in training, 1 the token after it as the "
-            "official evaluation.",
-            rich_help_panel=_HOW,
-        ),
-    ] = 0,
-    batch_tokens: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            min=1,
-            help="Tokens per batch; lower needs less memory.",
-            metavar="N",
-            show_default="by device",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
     workers: Annotated[
-        Optional[int],  # noqa: UP045
+        Optional[int],
         typer.Option(
             min=0,
             help="Threads that read and decode media ahead of the model.",
             metavar="N",
             show_default="2; on a GPU its share of the cores, up to 8",
-            rich_help_panel=_HOW,
+            rich_help_panel=MODEL_PANEL,
         ),
     ] = None,
     top: Annotated[
@@ -218,7 +162,7 @@ def evaluate(
         ),
     ] = False,
     embeddings: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[Path],
         typer.Option(
             metavar="DIR",
             help="Score embeddings that another program stored: TASK/queries.npy, candidates.npy, "
@@ -227,7 +171,7 @@ def evaluate(
         ),
     ] = None,
     compare: Annotated[
-        Optional[tuple[Path, Path]],  # noqa: UP045
+        Optional[tuple[Path, Path]],
         typer.Option(
             metavar="A B",
             help="Compare the results of two evaluations; -o writes them too.",
@@ -257,7 +201,6 @@ def evaluate(
     # torch prints a page of frames when a process of a team is gone; who it was is told anyway.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ume_models.commands import evaluate as command
-    from ume_models.commands.encoding import BUNDLED, EncodingOptions
     from ume_models.mmeb.dataset import ReadOptions
     from ume_models.mmeb.settings import EvalOptions
 
@@ -268,6 +211,7 @@ def evaluate(
         labels=labels.value,
         instructions=instructions.value,
         limit=limit,
+        frames=frames,
         momentseeker_leak=momentseeker_leak,
         download=download,
     )
@@ -280,8 +224,7 @@ def evaluate(
         return
     stop_or_skip: Literal["stop", "skip"] = "skip" if on_error is OnError.SKIP else "stop"
     options = EvalOptions(
-        mode=mode.value,
-        batch_tokens=batch_tokens,
+        batch_tokens=encoding.batch_tokens,
         workers=_WORKERS if workers is None else workers,
         top=top,
         legacy_ndcg=legacy_ndcg,
@@ -293,18 +236,6 @@ def evaluate(
         root = None if data is None else Path(data)
         command.score_stored(embeddings, root, target, selection, options, **shared)
         return
-    encoding = EncodingOptions(
-        model=model or BUNDLED,
-        engine=engine.value,
-        device=device,
-        dtype=dtype.value,
-        mode=mode.value,
-        latent_steps=latent_steps,
-        context=context.value,
-        multi_image=multi_image.value if multi_image else None,
-        disc_offset=disc_offset,
-        batch_tokens=batch_tokens,
-    )
     command.run(
         _needed(data, "--data"), target, selection, encoding, options,
         workers_by_device=workers is None, **shared,
@@ -330,13 +261,13 @@ def report(
         ),
     ],
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[Path],
         typer.Option(
             "--output", "-o", metavar="DIR", help="Write tables, a page and plots there, too."
         ),
     ] = None,
     keep: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[Path],
         typer.Option(
             metavar="PATH",
             help="Write what is worth keeping, without the names of machine and user: a folder "

@@ -1,24 +1,24 @@
 """Commands about items of one's own: demo, embed, search, doctor."""
 
+# ruff: noqa: UP045 - typer evaluates annotations at run time
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 
 from ume_models.cli.options import (
-    Context,
     DemoEngine,
     DeviceOption,
-    DType,
-    Engine,
+    FamilyOption,
     HtmlOption,
     IndexType,
-    Mode,
-    MultiImage,
+    ModelOption,
     OnError,
+    ProfileOption,
     WorkersOption,
+    takes_encoding,
 )
 
 
@@ -26,12 +26,11 @@ def demo(
     html: Annotated[
         Path, typer.Option("--html", help="Where to write the gallery.", metavar="FILE")
     ] = Path("ume-demo.html"),
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Checkpoint folder.", metavar="PATH", show_default="the bundled one"),
-    ] = None,
+    model: ModelOption = None,
+    family: FamilyOption = None,
+    profile: ProfileOption = None,
     queries: Annotated[
-        Optional[int],  # noqa: UP045
+        Optional[int],
         typer.Option(min=1, help="Queries per task.", metavar="N", show_default="all"),
     ] = None,
     engine: Annotated[
@@ -47,10 +46,13 @@ def demo(
         ume demo --html gallery.html
     """
     from ume_models.commands import demo as command
+    from ume_models.commands.encoding import BUNDLED, EncodingOptions
 
-    command.run(html=html, model=model, queries=queries, engine=engine.value)
+    options = EncodingOptions(model=model or BUNDLED, family=family, profile=profile)
+    command.run(html, options, queries, engine.value)
 
 
+@takes_encoding
 def embed(
     items: Annotated[
         Path,
@@ -63,35 +65,7 @@ def embed(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the embeddings.")
     ],
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Checkpoint folder.", metavar="PATH", show_default="the bundled one"),
-    ] = None,
-    engine: Annotated[
-        Engine, typer.Option(help="'reference' follows the official code step by step, slowly.")
-    ] = Engine.FAST,
-    device: DeviceOption = "auto",
-    dtype: Annotated[DType, typer.Option(help="Number format of the model.")] = DType.AUTO,
-    mode: Annotated[
-        Mode,
-        typer.Option(help="gen: after the latent steps; disc: before them; last: last token."),
-    ] = Mode.GEN,
-    latent_steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="Latent steps.", metavar="K", show_default="8"),
-    ] = None,
-    context: Annotated[
-        Context, typer.Option(help="What the router sees beside the latent state.")
-    ] = Context.DISC,
-    batch_tokens: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            min=1,
-            help="Tokens per batch; lower needs less memory.",
-            metavar="N",
-            show_default="by device",
-        ),
-    ] = None,
+    encoding: Any,
     shard_size: Annotated[
         int,
         typer.Option(
@@ -111,14 +85,6 @@ def embed(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew and replace the embeddings in DIR.")
     ] = False,
-    multi_image: Annotated[
-        Optional[MultiImage],  # noqa: UP045
-        typer.Option(
-            help="Items with several images: embed all of them, or only the first one as the "
-            "official evaluation does.",
-            show_default="refuse them",
-        ),
-    ] = None,
 ) -> None:
     """Embed a file of items into a folder. A stopped run goes on where it was.
 
@@ -134,24 +100,12 @@ def embed(
         ume embed items.jsonl -o index --model PLUME-2B --on-error skip
     """
     from ume_models.commands import embed as command
-    from ume_models.commands.encoding import BUNDLED, EncodingOptions
 
-    options = EncodingOptions(
-        model=model or BUNDLED,
-        engine=engine.value,
-        device=device,
-        dtype=dtype.value,
-        mode=mode.value,
-        latent_steps=latent_steps,
-        context=context.value,
-        multi_image=multi_image.value if multi_image else None,
-        batch_tokens=batch_tokens,
-    )
     skip_or_stop: Literal["stop", "skip"] = "skip" if on_error is OnError.SKIP else "stop"
     command.run(
         items,
         output,
-        options,
+        encoding,
         shard_size=shard_size,
         workers=workers,
         on_error=skip_or_stop,
@@ -170,11 +124,11 @@ def search(
     k: Annotated[int, typer.Option("-k", min=1, help="Results per query.")] = 10,
     html: HtmlOption = None,
     json_to: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Option("--json", metavar="FILE|-", help="Write the results as JSON; - is stdout."),
     ] = None,
     model: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Option(
             help="Where the checkpoint is now.",
             metavar="PATH",
@@ -189,7 +143,7 @@ def search(
 ) -> None:
     """Rank the items of an index for each query of a file.
 
-    Queries are embedded with the model and the settings recorded in the index.
+    Queries are embedded with the model, the profile and the settings recorded in the index.
 
     [bold]Examples[/]
 
@@ -214,12 +168,14 @@ def search(
 
 def doctor(
     model: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Argument(
             metavar="[MODEL]",
             help="Checkpoint folder or hub id: what could be accelerated in it, instead.",
         ),
     ] = None,
+    family: FamilyOption = None,
+    profile: ProfileOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable report.")] = False,
 ) -> None:
     """Show versions, devices, what would run here and why, and what is missing.
@@ -239,7 +195,7 @@ def doctor(
     if model is not None:
         from ume_models.commands import doctor_model
 
-        doctor_model.run(model, as_json)
+        doctor_model.run(model, as_json, family, profile)
         return
     from ume_models.commands import doctor as command
 

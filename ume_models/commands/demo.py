@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,6 +19,7 @@ from ume_models.commands.demo_tasks import DemoTask, load_tasks
 from ume_models.commands.encoding import BUNDLED, EncodingOptions, load_model
 from ume_models.commands.outcome import failures_reported
 from ume_models.commands.output_file import refuse_folder, write_output
+from ume_models.embedder import Embedder
 from ume_models.retrieval import ExactIndex, RankingQuality, SearchResult, ranking_quality
 from ume_models.retrieval.gallery import render_gallery
 
@@ -91,14 +91,14 @@ class Agreement:
     same_top_10: float
 
 
-def run(html: Path, model: str | None, queries: int | None, engine: str) -> None:
-    """Embed, rank, compare, print and write the gallery."""
+def run(html: Path, options: EncodingOptions, queries: int | None, engine: str) -> None:
+    """Embed, rank, compare, print and write the gallery; ``engine`` is one, or "both"."""
     with failures_reported():
         refuse_folder(html)
         tasks = load_tasks(queries)
         names = ["fast", "reference"] if engine == "both" else [engine]
         load = machine.load_average()
-        runs = _run_engines(names, model, tasks)
+        runs = _run_engines(names, options, tasks)
         done = runs[0].tasks
         qualities = [
             ranking_quality(finished.ranking.ids, task.relevant, len(task.candidates))
@@ -114,7 +114,7 @@ def run(html: Path, model: str | None, queries: int | None, engine: str) -> None
             [finished.ranking for finished in done],
             qualities,
             lines,
-            _BUNDLED if model is None else f"the model {model}",
+            _BUNDLED if options.model == BUNDLED else f"the model {options.model}",
         )
         write_output(html, render_gallery(page))
         place = html.resolve()
@@ -122,12 +122,10 @@ def run(html: Path, model: str | None, queries: int | None, engine: str) -> None
 
 
 def _run_engines(
-    names: Sequence[str], path: str | None, tasks: Sequence[DemoTask]
+    names: Sequence[str], options: EncodingOptions, tasks: Sequence[DemoTask]
 ) -> list[EngineRun]:
     """Every engine over the tasks, taking turns, so that a busy machine slows all of them."""
-    models: dict[str, Any] = {
-        name: load_model(EncodingOptions(model=path or BUNDLED, engine=name)) for name in names
-    }
+    models = {name: load_model(replace(options, engine=name)) for name in names}
     finished: dict[str, list[TaskRun]] = {name: [] for name in names}
     for model in models.values():
         # The first call allocates and builds what later calls reuse.
@@ -144,7 +142,7 @@ def _run_engines(
     ]
 
 
-def _run_task(model: Any, task: DemoTask) -> TaskRun:
+def _run_task(model: Embedder, task: DemoTask) -> TaskRun:
     begun = time.perf_counter()
     items = [*task.queries, *task.candidates]
     embeddings = encode.encode_detailed(model, items, progress=False).embeddings

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from ume_models.commands.demo_tasks import DemoTask
 from ume_models.processing import Item
 from ume_models.retrieval import RankingQuality, SearchResult
 from ume_models.retrieval.gallery import Card, Found, Gallery, QueryBlock, Section
+from ume_models.retrieval.metrics import best_rank
 
 _QUERIES_SHOWN = 8
 _RESULTS_SHOWN = 5
@@ -65,15 +66,11 @@ def _block(task: DemoTask, ranking: SearchResult, position: int) -> QueryBlock:
         Found(_card(task.candidates[row]), score, task.candidates[row].id in relevant)
         for row, score in zip(rows, scores, strict=True)
     ]
-    first = _first_rank(ids, relevant)
+    first = best_rank(ids, relevant)
     note = (
         "right answer not among the candidates" if first is None else f"right answer: rank {first}"
     )
     return QueryBlock(_card(task.queries[position]), found, note, first == 1)
-
-
-def _first_rank(ids: Sequence[str], relevant: Collection[str]) -> int | None:
-    return next((rank for rank, found in enumerate(ids, start=1) if found in relevant), None)
 
 
 def _card(item: Item) -> Card:

@@ -40,7 +40,8 @@ class Finding:
         report: what would be replaced in the transformers model.
         problems: why it cannot be accelerated; empty where it can.
         suits: repositories whose scripts run such a checkpoint.
-        fast_engine: why ``ume_models.load`` does not take it; empty where it does.
+        fast_engine: what ``ume_models.load`` makes of it: "loads", and "embedder" and "profile" or
+            the "reason" why it does not.
     """
 
     checkpoint: str
@@ -50,23 +51,22 @@ class Finding:
     report: PatchReport
     problems: tuple[str, ...]
     suits: tuple[str, ...]
-    fast_engine: str
+    fast_engine: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable content."""
-        kept = {k: v for k, v in vars(self).items() if k not in ("report", "fast_engine")}
+        kept = {k: v for k, v in vars(self).items() if k != "report"}
         return {
             **kept,
             "can_be_accelerated": not self.problems,
-            "fast_engine": {"loads": not self.fast_engine, "reason": self.fast_engine},
             "entries": [asdict(entry) for entry in self.report.entries],
         }
 
 
-def run(model: str, as_json: bool) -> None:
+def run(model: str, as_json: bool, family: str | None = None, profile: str | None = None) -> None:
     """Print the report; exits with 1 when the checkpoint cannot be accelerated."""
     with failures_reported():
-        found = examine(model)
+        found = examine(model, family, profile)
         if as_json:
             print(json.dumps(found.as_dict(), indent=1, ensure_ascii=False))
         else:
@@ -74,13 +74,15 @@ def run(model: str, as_json: bool) -> None:
     raise typer.Exit(ExitCode.FAILED if found.problems else ExitCode.OK)
 
 
-def examine(model: str) -> Finding:
+def examine(model: str, family: str | None = None, profile: str | None = None) -> Finding:
     """Look at the files of a checkpoint; of the weights only their headers.
+
+    ``family`` and ``profile`` are those with which it would be loaded.
 
     Raises:
         CheckpointError: no such checkpoint, or not one of the architectures known here.
     """
-    from ume_models.backbone.config import read_json
+    from ume_models.backbone.fields import read_json
     from ume_models.backbone.transformers_model import empty_transformers_model
     from ume_models.embedders.loading import pick_device, resolve
     from ume_models.patching.models import survey
@@ -107,20 +109,18 @@ def examine(model: str) -> Finding:
         report=PatchReport(type(module).__name__, "this checkpoint", entries, planned=True),
         problems=tuple(problems),
         suits=_suited(directory, home, adapter),
-        fast_engine=_refused_by_the_fast_engine(directory),
+        fast_engine=_loaded(directory, family, profile),
     )
 
 
 def _with_config(directory: Path) -> Path:
     """The folder that holds the configuration: a LoRA's is its base's."""
-    from ume_models.backbone.config import read_json
-    from ume_models.embedders.loading import resolve
+    from ume_models.embedders.loading import base_named, resolve
 
     adapter = directory / "adapter_config.json"
     if (directory / "config.json").is_file() or not adapter.is_file():
         return directory
-    base = read_json(adapter).get("base_model_name_or_path")
-    return resolve(base, weights=False) if base else directory
+    return resolve(base_named(directory), weights=False)
 
 
 def _tensors(*directories: Path) -> dict[str, torch.dtype]:
@@ -170,7 +170,7 @@ def _suited(directory: Path, home: Path, adapter: bool) -> tuple[str, ...]:
     return ("ume-r1", "plume-train") if reasons else ("vlm2vec", "plume-train")
 
 
-def _refused_by_the_fast_engine(directory: Path) -> str:
+def _loaded(directory: Path, family: str | None, profile: str | None) -> dict[str, Any]:
     from ume_models.backbone.checkpoint import weight_files
     from ume_models.embedders.loading import examine
     from ume_models.errors import UmeError
@@ -180,14 +180,18 @@ def _refused_by_the_fast_engine(directory: Path) -> str:
             warnings.simplefilter("ignore")  # what load says while it loads
             if not (directory / "adapter_config.json").is_file():
                 weight_files(directory)
-            examine(directory)
-    except (UmeError, ValueError) as error:
-        return str(error)
-    return ""
+            model = examine(directory, family, profile)
+    except UmeError as error:
+        return {"loads": False, "reason": str(error)}
+    told = {"embedder": model.family, "profile": model.profile.name}
+    return {"loads": True, "reason": "", **told}
 
 
 def _show(found: Finding) -> None:
-    console = results()
+    console, fast = results(), found.fast_engine["reason"]
+    if not fast:
+        named = "family {embedder}, profile {profile}".format(**found.fast_engine)
+        fast = f"takes it: the fast engine embeds with it ({named})"
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -196,7 +200,7 @@ def _show(found: Finding) -> None:
         ("architecture", f"{found.family}, {found.dtype}"),
         ("device here", found.device),
         ("scripts", "\n".join(f"{name}: {_SCRIPTS[name]}" for name in found.suits)),
-        ("ume_models.load", found.fast_engine or "takes it: the fast engine embeds with it"),
+        ("ume_models.load", fast),
     ):
         table.add_row(name, escape(value))
     console.print(table)

@@ -48,9 +48,9 @@ def run(
                     with progress.part(len(rows)) as within:
                         content = embed_rows(
                             model,
-                            options,
                             items,
                             rows,
+                            batch_tokens=options.batch_tokens,
                             on_error=on_error,
                             workers=workers,
                             progress=within,

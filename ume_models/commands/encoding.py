@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 import ume_models
 from ume_models import encode
 from ume_models.commands.items_file import ItemsFile
+from ume_models.embedder import Embedder
+from ume_models.embedders.base import BackboneEmbedder
 from ume_models.embedders.loading import pick_device
-from ume_models.errors import ItemError, UmeError
-from ume_models.store import Manifest, Shard, Skipped
+from ume_models.embedders.registry import family_class
+from ume_models.errors import ErrorKind, ItemError, UmeError
+from ume_models.store import Manifest, Shard, Skipped, under_profile
 
 BUNDLED = "bundled"
 Progress = Callable[[int, int], None]
+Empty: TypeAlias = Literal["error", "reference"]
 
 
 @dataclass(frozen=True)
@@ -27,78 +31,65 @@ class EncodingOptions:
 
     Attributes:
         model: checkpoint folder or name, or ``BUNDLED``.
-        engine: "fast" or "reference".
-        device, dtype: as ``ume_models.load`` takes them.
-        mode: "gen", "disc" or "last".
-        latent_steps: latent steps, None for the default of ``ume_models.load``.
-        context: what the router sees beside the latent state.
-        multi_image: what to do with several images: "all", "first", or None to refuse.
+        engine, device, dtype, family, profile, multi_image: as ``ume_models.load`` takes them.
         batch_tokens: tokens per batch, None for the default.
-        disc_offset: token read with mode "disc", see ``PlumeSettings``.
+        options: the family's own; what is not there is left to the model.
     """
 
     model: str = BUNDLED
     engine: str = "fast"
     device: str = "auto"
     dtype: str = "auto"
-    mode: str = "gen"
-    latent_steps: int | None = None
-    context: str = "disc"
+    family: str | None = None
+    profile: str | None = None
     multi_image: str | None = None
     batch_tokens: int | None = None
-    disc_offset: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def recorded(cls, manifest: Manifest, device: str) -> EncodingOptions:
         """The options that make queries comparable with the embeddings of a store.
 
         Raises:
-            UmeError: the manifest lacks a setting.
+            UmeError: the manifest lacks a setting, or is of a family that is not known here.
         """
-        settings = manifest.encoding
+        settings = under_profile(manifest.encoding)
         try:
+            names = family_class(settings["embedder"]).Options.names()
             return cls(
                 model=manifest.model,
                 engine=settings["engine"],
                 device=device,
                 dtype=settings["dtype"],
-                mode=settings["mode"],
-                latent_steps=settings["latent_steps"],
-                context=settings["context"],
+                family=settings["embedder"],
+                profile=settings["profile"],
                 multi_image=settings["multi_image"],
                 batch_tokens=settings["batch_tokens"],
-                disc_offset=settings.get("disc_offset", 0),
+                options={name: settings[name] for name in names if name in settings},
             )
         except KeyError as error:
             raise UmeError(f"the manifest of the index lacks the setting {error}") from None
+        except ValueError as error:
+            raise UmeError(f"the manifest of the index: {error}; update ume") from None
 
 
-def load_model(options: EncodingOptions) -> Any:
-    """The model of these options, ready to embed.
+def load_model(options: EncodingOptions, *, empty: Empty = "error") -> BackboneEmbedder:
+    """The model of these options, ready to embed; ``empty`` is as ``ume_models.load`` takes it.
 
     Raises:
         UmeError: the checkpoint, the device or another option cannot be used.
     """
-    chosen: dict[str, Any] = {
-        "device": options.device,
-        "dtype": options.dtype,
-        "context": options.context,
-        "engine": options.engine,
-        "multi_image": options.multi_image,
+    chosen = {
+        name: getattr(options, name)
+        for name in ("device", "dtype", "family", "profile", "engine", "multi_image")
     }
-    if options.disc_offset:
-        chosen["disc_offset"] = options.disc_offset
-    if options.latent_steps is not None:
-        chosen["latent_steps"] = options.latent_steps
-    try:
-        pick_device(options.device)
-        return ume_models.load(None if options.model == BUNDLED else options.model, **chosen)
-    except ValueError as error:  # an option the user chose, not a defect
-        raise UmeError(str(error)) from error
+    path = None if options.model == BUNDLED else options.model
+    pick_device(options.device)
+    return ume_models.load(path, **chosen, empty=empty, **options.options)
 
 
 def describe_run(
-    model: Any,
+    model: Embedder,
     options: EncodingOptions,
     items: ItemsFile,
     output: Path,
@@ -110,7 +101,7 @@ def describe_run(
         model=_lasting_name(options.model),
         fingerprint=model.fingerprint,
         hidden_size=model.hidden_size,
-        encoding=encode.encoding_settings(model, options.mode, options.batch_tokens),
+        encoding=encode.encoding_settings(model, None, options.batch_tokens),
         items_digest=items.digest,
         num_items=len(items),
         shard_size=shard_size,
@@ -119,11 +110,11 @@ def describe_run(
 
 
 def embed_rows(
-    model: Any,
-    options: EncodingOptions,
+    model: Embedder,
     items: ItemsFile,
     rows: Iterable[int],
     *,
+    batch_tokens: int | None,
     on_error: Literal["stop", "skip"],
     workers: int,
     progress: Progress | None = None,
@@ -131,6 +122,7 @@ def embed_rows(
     """Embed some rows of a file.
 
     Args:
+        batch_tokens: tokens per batch, None for the default.
         on_error: "stop" raises, "skip" lists the item among the skipped ones.
         workers: threads that read and decode media.
         progress: called with the numbers of finished and of all different items of these rows;
@@ -148,27 +140,27 @@ def embed_rows(
             raise UmeError(f"{items.where(row)}: {reason}")
     embeddings = torch.empty(0, model.hidden_size)
     if usable:
-        chosen: dict[str, Any] = {
-            "mode": options.mode,
-            "batch_tokens": options.batch_tokens,
-            "workers": workers,
-            "progress": progress,
-            "on_error": "raise" if on_error == "stop" else "skip",
-        }
         try:
-            output = encode.encode_detailed(model, [entry.item for entry in usable], **chosen)
+            output = encode.encode_detailed(
+                model,
+                [entry.item for entry in usable],
+                batch_tokens=batch_tokens,
+                workers=workers,
+                progress=progress,
+                on_error="raise" if on_error == "stop" else "skip",
+            )
         except ItemError as error:
             if error.index is None:
                 raise
             row = usable[error.index].row
-            hint = " (here: --multi-image all|first)" if "multi_image=" in error.reason else ""
-            raise UmeError(f"{items.where(row)}: {error.reason}{hint}") from error
+            hint = " (here: --multi-image all|first)" * (error.kind is ErrorKind.NEEDS_CHOICE)
+            raise UmeError(f"{items.where(row)}: {error.reason}{hint}", kind=error.kind) from error
         embeddings = output.embeddings.cpu()
         for problem in output.errors:
             if problem.index is not None:  # encode_detailed always tells it
                 row = usable[problem.index].row
                 if on_error == "stop":
-                    raise UmeError(f"{items.where(row)}: {problem.reason}")
+                    raise UmeError(f"{items.where(row)}: {problem.reason}", kind=problem.kind)
                 problems[row] = problem.reason
     kept = [position for position, entry in enumerate(usable) if entry.row not in problems]
     return Shard(

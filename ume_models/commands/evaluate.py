@@ -87,10 +87,14 @@ def run(
         try:
             _tell_who_is_lost(team)
             root = _data_root(data, output, team)
-            model = load_model(replace(encoding, device=local_device(encoding.device, team)))
+            encoding = replace(encoding, device=local_device(encoding.device, team))
+            # As the official evaluation embeds empty texts.
+            model = load_model(encoding, empty="reference")
             if workers_by_device and model.device.type == "cuda":
                 options = replace(options, workers=_share_of_cores(team))
-            model.processor.empty = "reference"  # as the official evaluation embeds empty texts
+            if team.leads:
+                told = f"family: {model.family}, profile: {model.profile.name}"
+                messages().print(told, markup=False)
             with EvalProgress(quiet=not team.leads) as progress:
                 summary = evaluate(
                     model,

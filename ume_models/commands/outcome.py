@@ -45,9 +45,8 @@ def failures_reported(when_interrupted: str = "") -> Iterator[None]:
         print(f"\ninterrupted. {when_interrupted}".rstrip(), file=sys.stderr)
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     except (UmeError, OSError, ValueError, MemoryError, RuntimeError) as error:
-        if isinstance(error, ValueError) and not _is_backend_error(error):
-            raise
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+        told = isinstance(error, (UmeError, OSError)) or _is_backend_error(error)
+        if not told and not _is_out_of_memory(error):
             raise
         if os.environ.get("UME_DEBUG", "0") not in ("", "0"):
             raise
@@ -55,7 +54,7 @@ def failures_reported(when_interrupted: str = "") -> Iterator[None]:
         raise typer.Exit(ExitCode.FAILED) from None
 
 
-def _is_backend_error(error: ValueError) -> bool:
+def _is_backend_error(error: Exception) -> bool:
     """Whether the user asked for a backend that does not run here, as with UME_BACKEND."""
     from ume_kernels.dispatch import BackendError
 

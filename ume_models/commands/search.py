@@ -17,10 +17,10 @@ from ume_models.commands.encoding import EncodingOptions, embed_rows, load_model
 from ume_models.commands.items_file import ItemsFile
 from ume_models.commands.outcome import failures_reported
 from ume_models.commands.output_file import refuse_folder, write_output
-from ume_models.errors import UmeError
+from ume_models.errors import ErrorKind, OptionError, UmeError
 from ume_models.retrieval import ExactIndex, FaissIndex, Index, SearchResult
 from ume_models.retrieval.gallery import Card, Found, Gallery, QueryBlock, Section, render_gallery
-from ume_models.store import EmbeddingStore, Record
+from ume_models.store import EmbeddingStore, Record, require_one_profile, under_profile
 
 _TEXT_SHOWN = 70
 
@@ -85,24 +85,38 @@ def _embed_queries(
         options = replace(options, model=model)
     try:
         loaded = load_model(options)
-    except UmeError as error:
-        if not isinstance(error.__cause__, ValueError):
-            raise
-        # The options were checked when the index was made, all but the device.
-        raise UmeError(
-            f"the settings of {store.directory} cannot be used with --device {device}: {error}"
+    except OptionError as error:
+        raise OptionError(
+            f"the settings of {store.directory} (profile {options.profile}) cannot be used with "
+            f"--model {options.model} --device {device}: {error}"
         ) from error
+    require_one_profile(
+        (str(store.directory), store.manifest.encoding),
+        (options.model, loaded.described(loaded.options)),
+        "embed the items again",
+    )
     if loaded.fingerprint != store.manifest.fingerprint:
         raise UmeError(
             f"the index was made with the model {store.manifest.model!r} (fingerprint "
             f"{store.manifest.fingerprint}), and {options.model!r} has fingerprint "
             f"{loaded.fingerprint}: their embeddings cannot be compared; give the model of the "
-            "index with --model, or embed the items again"
+            "index with --model, or embed the items again",
+            kind=ErrorKind.OTHER_SETTINGS,
         )
     rows = range(len(queries))
-    shard = embed_rows(loaded, options, queries, rows, on_error="stop", workers=workers)
+    shard = embed_rows(
+        loaded,
+        queries,
+        rows,
+        batch_tokens=options.batch_tokens,
+        on_error="stop",
+        workers=workers,
+    )
     if not bool(shard.embeddings.isfinite().all()):
-        raise UmeError("an embedding of a query is not finite: the weights hold NaN or infinity")
+        raise UmeError(
+            "an embedding of a query is not finite: the weights hold NaN or infinity",
+            kind=ErrorKind.NOT_FINITE,
+        )
     return shard.embeddings, shard.records
 
 
@@ -181,7 +195,8 @@ def _gallery(
             asked, result.rows.tolist(), result.scores.tolist(), strict=True
         )
     ]
-    manifest = store.manifest
+    manifest, encoding = store.manifest, under_profile(store.manifest.encoding)
+    options = EncodingOptions.recorded(manifest, "auto").options
     return Gallery(
         title=f"{queries.path.name} in {store.directory.name or store.directory}",
         lead=f"The best {result.rows.shape[1]} of {len(records)} items for each query.",
@@ -190,7 +205,7 @@ def _gallery(
             ("queries", str(len(asked))),
             ("items", str(len(records))),
             ("model", manifest.model),
-            ("mode", str(manifest.encoding.get("mode"))),
-            ("latent steps", str(manifest.encoding.get("latent_steps"))),
+            *((name, str(encoding[name])) for name in ("embedder", "profile")),
+            *((name.replace("_", " "), str(value)) for name, value in options.items()),
         ],
     )

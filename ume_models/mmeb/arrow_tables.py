@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ume_models.errors import DataError
-from ume_models.mmeb.tables import Table
+from ume_models.mmeb.table import Table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,7 +28,9 @@ def _reading(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError, OverflowError, ValueError) as error:
+        # KeyError: a column that is there twice, or not in this file. The last two: times and
+        # dates that Python's own types cannot hold.
         raise DataError(f"{path} cannot be read ({error}); get the file again") from None
 
 
@@ -83,7 +85,8 @@ class ParquetTable(Table):
     def cell(self, row: int, column: str) -> Any:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        with self._lock:
+        path, _ = self._groups[bisect_right(self._starts, row) - 1]
+        with self._lock, _reading(path):
             first = self._firsts.get((column, row))
             if first is not None:
                 self._cache.move_to_end((column, first))
@@ -96,17 +99,16 @@ class ParquetTable(Table):
 
         group = bisect_right(self._starts, row) - 1
         path, number = self._groups[group]
-        with _reading(path):
-            if self._stream is None or self._stream[:2] != (column, group) or self._next > row:
-                file = pq.ParquetFile(path, buffer_size=2**20)
-                batches = file.iter_batches(_CELLS_AT_ONCE, row_groups=[number], columns=[column])
-                self._stream, self._next = (column, group, batches), self._starts[group]
-            for batch in self._stream[2]:
-                first, values = self._next, batch.column(column)
-                self._keep((column, first), values)
-                self._next += len(values)
-                if row < self._next:
-                    return values[row - first].as_py()
+        if self._stream is None or self._stream[:2] != (column, group) or self._next > row:
+            file = pq.ParquetFile(path, buffer_size=2**20)
+            batches = file.iter_batches(_CELLS_AT_ONCE, row_groups=[number], columns=[column])
+            self._stream, self._next = (column, group, batches), self._starts[group]
+        for batch in self._stream[2]:
+            first, values = self._next, batch.column(column)
+            self._keep((column, first), values)
+            self._next += len(values)
+            if row < self._next:
+                return values[row - first].as_py()
         raise DataError(f"{path} has fewer rows than it says; get the file again")
 
     def _keep(self, key: tuple[str, int], values: pa.Array) -> None:
@@ -154,16 +156,18 @@ class ArrowTable(Table):
         return self._starts[-1]
 
     def _rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        for table in self._tables:
+        for path, table in zip(self.files, self._tables, strict=True):
             wanted = [name for name in columns if name in table.column_names]
-            for batch in table.select(wanted).to_batches(max_chunksize=_ROWS_AT_ONCE):
-                yield from _dicts(batch, columns)
+            with _reading(path):
+                for batch in table.select(wanted).to_batches(max_chunksize=_ROWS_AT_ONCE):
+                    yield from _dicts(batch, columns)
 
     def cell(self, row: int, column: str) -> Any:
         if not 0 <= row < len(self):
             raise IndexError(row)
         number = bisect_right(self._starts, row) - 1
-        return self._tables[number].column(column)[row - self._starts[number]].as_py()
+        with _reading(self.files[number]):
+            return self._tables[number].column(column)[row - self._starts[number]].as_py()
 
 
 def _dicts(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[dict[str, Any]]:

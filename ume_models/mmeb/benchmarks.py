@@ -10,6 +10,7 @@ from ume_models.mmeb.tasks import Task
 # Module and name of each table.
 _TABLES = {
     "MMEB-v2": ("mmeb_v2", "MMEB_V2"),
+    "MMEB-v2-2026": ("mmeb_v2", "MMEB_V2_2026"),
     "MMEB-v1": ("mmeb_v1", "MMEB_V1"),
     "M-BEIR": ("mbeir", "MBEIR"),
 }

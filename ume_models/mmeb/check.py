@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from ume_models.embedders.plume_prompt import clean_text
 from ume_models.errors import DataError, ItemError
 from ume_models.mmeb.answers import KINDS, NO_QUERIES, first_of, wrong_answers
 from ume_models.mmeb.dataset import ReadOptions, TaskData
@@ -21,7 +22,6 @@ from ume_models.mmeb.readers.cells import UNEXPECTED
 from ume_models.mmeb.tasks import Task
 from ume_models.processing import prefetch
 from ume_models.processing.items import Item
-from ume_models.processing.prompt import clean_text
 
 _DECODED_PER_TASK = 64
 
@@ -120,8 +120,7 @@ def check(
         try:
             read.append(read_task(task, root, options))
         except DataError as error:
-            what = str(error).removeprefix(f"{task.name}: ")
-            found[task.name] = [Problem(task.name, "error", what)]
+            found[task.name] = [Problem(task.name, "error", error.message)]
     total = sum(len(data.queries) + len(data.candidates) for data in read)
     pictures, done = PictureCheck(), 0
     for data in read:

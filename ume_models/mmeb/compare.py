@@ -28,6 +28,7 @@ from ume_models.mmeb.intervals import (
 from ume_models.mmeb.metrics import Ranking
 from ume_models.mmeb.results import RunFolder, TaskScore
 from ume_models.mmeb.summary import Missing
+from ume_models.store import require_one_profile
 
 # Folder of a run and name of a task to queries [Q, D] in the order of its rankings, candidates
 # [C, D] and the candidates' names; None where the run keeps no embeddings.
@@ -134,14 +135,22 @@ class Comparison:
 def compare(a: RunFolder, b: RunFolder, embeddings: Embeddings | None = None) -> Comparison:
     """Compare what two runs found, query by query.
 
+    Runs of two families may be compared, those of two profiles of one may not.
+
     Args:
         a: the run that is compared with.
         b: the run whose gains and losses are told.
         embeddings: what finds the embeddings of a run; None to leave them out.
 
     Raises:
-        StoreError: a file of one of the runs is missing or damaged.
+        StoreError: a file of one of the runs is missing or damaged, or they are of two profiles.
     """
+    settings_a, settings_b = a.settings(), b.settings()
+    require_one_profile(
+        (str(a.path), settings_a),
+        (str(b.path), settings_b),
+        "evaluate one of them again with the --profile of the other",
+    )
     scores_a, scores_b = a.scores(), b.scores()
     missing = [(run.path, run.missing()) for run in (a, b)]
     not_compared: list[Missing] = []
@@ -164,7 +173,7 @@ def compare(a: RunFolder, b: RunFolder, embeddings: Embeddings | None = None) ->
     return Comparison(
         a=str(a.path),
         b=str(b.path),
-        settings=_different(a.settings(), b.settings()),
+        settings=_different(settings_a, settings_b),
         tasks=[replace(one.task, p_adjusted=p) for one, p in zip(compared, adjusted, strict=True)],
         not_compared=not_compared,
         overall=_overall(compared),

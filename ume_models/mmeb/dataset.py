@@ -26,6 +26,7 @@ class ReadOptions:
         labels: "fixed", or "legacy" for the labels published first.
         instructions: the wording of "plume" or of "vlm2vec".
         limit: only the first so many queries of each task; candidates are never reduced.
+        frames: how many stand for a video; None for those of the model's profile, or 8.
         momentseeker_leak: what the evaluation of PLUME does when a query's own picture is missing:
             take a frame of the right answer for it. Off, it is missing.
         download: fetch tables that are not on the disk from the hub.
@@ -37,14 +38,17 @@ class ReadOptions:
     labels: Labels = "fixed"
     instructions: InstructionSet = "plume"
     limit: int | None = None
+    frames: int | None = None
     momentseeker_leak: bool = False
     download: bool = False
 
     def __post_init__(self) -> None:
         require_one_of("labels", self.labels, get_args(Labels))
         require_one_of("instructions", self.instructions, get_args(InstructionSet))
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, or None for all queries; got {self.limit}")
+        for name in ("limit", "frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None; got {value}")
 
 
 @dataclass(frozen=True)

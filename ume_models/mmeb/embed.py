@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ume_models.embedder import Embedder
 from ume_models.encode import EncodeStats, encode_detailed
 from ume_models.errors import DataError, ItemError
 from ume_models.mmeb.dataset import ReadOptions, TaskData
@@ -70,7 +70,7 @@ class Library:
 
 
 def embed_shard(
-    model: Any,
+    model: Embedder,
     held: KeyedStore,
     shard: int,
     places: Mapping[str, Place],
@@ -103,11 +103,11 @@ def embed_shard(
         output = encode_detailed(
             model,
             items,
-            mode=options.mode,
             batch_tokens=options.batch_tokens,
             workers=options.workers,
             on_error="raise" if options.on_error == "stop" else "skip",
             progress=progress or False,
+            **options.options,
         )
     except ItemError as error:
         if error.index is None:

@@ -6,29 +6,23 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
-
 from ume_models.processing.items import Item
+from ume_models.processing.rules import sampled_positions
 
-# Frames per video in every video task of MMEB-v2.
+# Frames per video in every video task of MMEB-v2, unless a model's profile has another number.
 FRAMES = 8
 FRAME_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
 
 
-def sampled_positions(length: int, count: int) -> list[int]:
-    """Which of ``length`` frames stand for a video: first, last, and evenly between, rounded down.
-
-    All of them where there are fewer than ``count``.
-    """
-    if count > length:
-        return list(range(length))
-    return [int(position) for position in np.linspace(0, length - 1, count, dtype=int)]
-
-
 class FrameFolders:
-    """Lists folders of frames; each one is listed once."""
+    """Lists folders of frames; each one is listed once.
 
-    def __init__(self) -> None:
+    Args:
+        count: how many frames stand for a video; None for ``FRAMES``.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        self._count = FRAMES if count is None else count
         self._frames: dict[Path, list[Path]] = {}
 
     def frames(self, folder: Path) -> list[Path]:
@@ -37,12 +31,12 @@ class FrameFolders:
             self._frames[folder] = _list_frames(folder)
         return self._frames[folder]
 
-    def video(self, folder: Path, count: int | None = FRAMES) -> tuple[Path, ...]:
+    def video(self, folder: Path, *, whole: bool = False) -> tuple[Path, ...]:
         """The frames that stand for a video.
 
         Args:
             folder: where its frames are.
-            count: how many are taken; None for all of them.
+            whole: take all of them.
 
         Returns:
             Paths of frames. Where there are none, the path of the folder itself: embedding fails
@@ -51,9 +45,9 @@ class FrameFolders:
         frames = self.frames(folder)
         if not frames:
             return (folder,)
-        if count is None:
+        if whole:
             return tuple(frames)
-        return tuple(frames[position] for position in sampled_positions(len(frames), count))
+        return tuple(frames[position] for position in sampled_positions(len(frames), self._count))
 
 
 def missing_frames(item: Item) -> Path | None:

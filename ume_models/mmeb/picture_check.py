@@ -9,10 +9,11 @@ from typing import BinaryIO, Literal, TypeAlias
 from PIL import Image, UnidentifiedImageError
 
 from ume_models.errors import ItemError
-from ume_models.processing.config import FETCH_MAX_PIXELS, FETCH_MIN_PIXELS, ImageConfig
+from ume_models.processing.config import ImageConfig
 from ume_models.processing.items import MediaSource
 from ume_models.processing.media import decode_rgb, regular_file
 from ume_models.processing.resize import MAX_ASPECT_RATIO, fetch_size
+from ume_models.processing.rules import FETCH_MAX_PIXELS, FETCH_MIN_PIXELS
 
 Wrong = tuple[Literal["missing", "damaged"], str]
 

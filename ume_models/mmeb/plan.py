@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ume_models.atomic import write_atomically
-from ume_models.errors import StoreError
+from ume_models.errors import ErrorKind, StoreError
 from ume_models.mmeb.keys import KINDS, Kind, key_kind
 from ume_models.store import EmbeddingStore, Manifest
 
@@ -200,9 +200,9 @@ def _go_on(path: Path, keys: Sequence[str], manifest: Manifest, shard_size: int)
     try:
         return _begin(path, keys, manifest, shard_size)
     except StoreError as error:
-        if "another process" in str(error):
+        if error.kind is ErrorKind.HELD:
             raise
-        raise StoreError(_damaged(path, str(error).partition("\nchoose")[0])) from error
+        raise StoreError(_damaged(path, error.message)) from error
 
 
 def _damaged(path: Path, what: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 from ume_kernels.version import __version__
 from ume_models.atomic import write_atomically
 from ume_models.disk_space import require_space
+from ume_models.embedder import Embedder
 from ume_models.encode import EncodeStats, encoding_settings
-from ume_models.errors import DataError, StoreError
+from ume_models.errors import DataError, ErrorKind, StoreError
 from ume_models.mmeb import settings
 from ume_models.mmeb.answers import problems_of_answers
 from ume_models.mmeb.benchmarks import benchmark
@@ -35,7 +37,7 @@ from ume_models.mmeb.listing import (
     write_listing,
 )
 from ume_models.mmeb.locate import misplaced
-from ume_models.mmeb.plan import SHARD_SIZES, Plan, Work, make_plan, open_store
+from ume_models.mmeb.plan import SHARD_SIZES, KeyedStore, Plan, Work, make_plan, open_store
 from ume_models.mmeb.predictions import least_prediction_bytes
 from ume_models.mmeb.progress import Pace, Progress
 from ume_models.mmeb.results import RunFolder
@@ -55,7 +57,7 @@ _SECONDS_BETWEEN_SAVES = 60.0
 
 
 def evaluate(
-    model: Any,
+    model: Embedder,
     tasks: Sequence[Task],
     data: str | Path,
     output: str | Path,
@@ -95,8 +97,9 @@ def evaluate(
             or what is to be written does not fit on its disk.
         TeamError: another process has failed or died.
         OSError: the disk is full or not writable.
-        ValueError: there are no tasks, they are not those of one benchmark, or the model was loaded
-            without ``empty="reference"``.
+        ValueError: there are no tasks, they are not those of one benchmark, the model was loaded
+            without ``empty="reference"``, or an option of its family is out of range.
+        TypeError: its family does not have an option.
     """
     tasks, data, output = list(tasks), Path(data), Path(output)
     if not tasks or not all(isinstance(task, Task) for task in tasks):
@@ -108,6 +111,8 @@ def evaluate(
             "official evaluation embeds"
         )
     reading, options = reading or ReadOptions(), options or EvalOptions()
+    if reading.frames is None:
+        reading = replace(reading, frames=model.profile.rules.max_frames)
     team, progress = team or LoneTeam(), progress or Progress()
     team.begin()
     member = _Member(model, tasks, data, output, reading, options, team, progress)
@@ -138,30 +143,24 @@ def _require_a_benchmark(tasks: Sequence[Task]) -> None:
         seen.add(task.name)
 
 
+@dataclass(eq=False)
 class _Member:
     """One process of an evaluation."""
 
-    def __init__(
-        self,
-        model: Any,
-        tasks: Sequence[Task],
-        data: Path,
-        output: Path,
-        reading: ReadOptions,
-        options: EvalOptions,
-        team: Team,
-        progress: Progress,
-    ) -> None:
-        self.model = model
-        self.tasks = list(tasks)
-        self.data = data
-        self.output = output
-        self.reading = reading
-        self.options = options
-        self.team = team
-        self.progress = progress
-        self.library = Library(tasks, data, reading)
-        self.results = RunFolder(output)
+    model: Embedder
+    tasks: list[Task]
+    data: Path
+    output: Path
+    reading: ReadOptions
+    options: EvalOptions
+    team: Team
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.library = Library(self.tasks, self.data, self.reading)
+        self.results = RunFolder(self.output)
+        chosen = self.model.options.replaced(self.options.options)
+        self.encoding = encoding_settings(self.model, chosen, self.options.batch_tokens)
         self.times: dict[Kind, EncodeStats] = {kind: EncodeStats() for kind in KINDS}
 
     # The leader ------------------------------------------------------------------------------
@@ -228,7 +227,7 @@ class _Member:
             benchmark=self.tasks[0].benchmark,
             tasks=[task.name for task in self.tasks],
             data=str(self.data.absolute()),
-            encoding=encoding_settings(self.model, self.options.mode, self.options.batch_tokens),
+            encoding=self.encoding,
             reading=self.reading,
             options=self.options,
             versions={name: metadata.version(name) for name in ("torch", "transformers")},
@@ -300,7 +299,7 @@ class _Member:
             model="",
             fingerprint=self.model.fingerprint,
             hidden_size=self.model.hidden_size,
-            encoding=encoding_settings(self.model, self.options.mode, self.options.batch_tokens),
+            encoding=self.encoding,
             items_digest="",
             num_items=0,
             shard_size=0,
@@ -339,7 +338,8 @@ class _Member:
         if differences:
             raise StoreError(
                 f"rank {self.team.rank} was started with other settings than rank 0 (there):\n  "
-                + "\n  ".join(differences)
+                + "\n  ".join(differences),
+                kind=ErrorKind.OTHER_SETTINGS,
             )
         folder = self.output / "embeddings"
         work = [Work(**part) for part in orders["work"]]
@@ -359,7 +359,7 @@ class _Member:
     def _embed(
         self,
         work: Sequence[Work],
-        stores: Mapping[str, Any],
+        stores: Mapping[str, KeyedStore],
         where: Mapping[str, Place],
         pace: Pace,
         scorer: Scorer | None,
@@ -387,7 +387,6 @@ class _Member:
                 scorer.look_for(work[: number + 1])
                 self.progress.embedded(pace.done(), pace.remaining())
                 scorer.score_ready()
-
 
     def _pool_times(self) -> None:
         """Add what embedding took here to what it took in the other processes."""

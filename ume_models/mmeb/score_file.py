@@ -24,7 +24,7 @@ class TaskScore:
 
     Attributes:
         task: its name.
-        benchmark: "MMEB-v2", "MMEB-v1" or "M-BEIR".
+        benchmark: its name.
         modality: "image", "video" or "visdoc".
         group: such as "I-CLS".
         metric: the measure that is its score, such as "hit@1".

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ume_models.mmeb.tasks import Task
 _NAMED = 5
 
 
+@dataclass(eq=False)
 class Scorer:
     """Ranks and scores tasks when their embeddings are there.
 
@@ -40,24 +42,17 @@ class Scorer:
         progress: told of every score.
     """
 
-    def __init__(
-        self,
-        stores: Mapping[str, KeyedStore],
-        read: Sequence[TaskData],
-        listings: Sequence[Listing],
-        missing: dict[str, str],
-        results: RunFolder,
-        options: EvalOptions,
-        device: torch.device,
-        progress: Progress,
-    ) -> None:
-        self.lookup = EmbeddingLookup(stores)
-        self._stores = stores
-        self._missing = missing
-        self._results = results
-        self._options = options
-        self._device = device
-        self._progress = progress
+    stores: Mapping[str, KeyedStore]
+    read: InitVar[Sequence[TaskData]]
+    listings: InitVar[Sequence[Listing]]
+    missing: dict[str, str]
+    results: RunFolder
+    options: EvalOptions
+    device: torch.device
+    progress: Progress
+
+    def __post_init__(self, read: Sequence[TaskData], listings: Sequence[Listing]) -> None:
+        self.lookup = EmbeddingLookup(self.stores)
         self._known: set[tuple[str, int]] = set()
         self._waiting = [
             (data, listing, list(listing.all_keys()))
@@ -71,7 +66,7 @@ class Scorer:
             place = (part.store, part.shard)
             if place in self._known:
                 continue
-            if self._stores[part.store].store.has(part.shard):
+            if self.stores[part.store].store.has(part.shard):
                 self._known.add(place)
                 self.lookup.add(*place)
             else:
@@ -99,8 +94,8 @@ class Scorer:
     def _score(self, data: TaskData, listing: Listing) -> None:
         task = data.task
         made_from = answers_digest(data, listing)
-        if self._results.finished(task.name) and self._results.made_from(task.name) == made_from:
-            self._progress.scored(self._results.score(task.name))  # an earlier run ranked it
+        if self.results.finished(task.name) and self.results.made_from(task.name) == made_from:
+            self.progress.scored(self.results.score(task.name))  # an earlier run ranked it
             return
         rows, problems = self.lookup.find([*listing.all_keys()])
         if problems:
@@ -116,22 +111,22 @@ class Scorer:
                 rows[: len(listing.queries)],
                 listing.names,
                 rows[len(listing.queries) :],
-                top=self._options.top,
-                device=self._device,
+                top=self.options.top,
+                device=self.device,
             )
-            score = score_task(task, rankings, len(listing.names), legacy=self._options.legacy_ndcg)
+            score = score_task(task, rankings, len(listing.names), legacy=self.options.legacy_ndcg)
         except DataError as error:
-            if self._options.on_error == "stop":
+            if self.options.on_error == "stop":
                 raise
             self._lack(task.name, str(error))
             return
-        self._results.write(score, rankings, made_from=made_from)
-        self._progress.scored(score)
+        self.results.write(score, rankings, made_from=made_from)
+        self.progress.scored(score)
 
     def _lack(self, task: str, reason: str) -> None:
         """Note a task without a score; one it had before was of other data."""
-        self._missing[task] = reason
-        self._results.discard(task)
+        self.missing[task] = reason
+        self.results.discard(task)
 
 
 def conclude(

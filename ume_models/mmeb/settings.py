@@ -7,16 +7,17 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from ume_models.atomic import remove_leftovers, write_atomically
-from ume_models.errors import StoreError
+from ume_models.errors import ErrorKind, StoreError
 from ume_models.mmeb.dataset import ReadOptions, require_one_of
+from ume_models.mmeb.frames import FRAMES
 from ume_models.mmeb.keys import KINDS, Kind
 from ume_models.mmeb.table_files import TABLE_FILES
-from ume_models.store import lock_folder, unlock_folder
+from ume_models.store import lock_folder, setting_differences, unlock_folder
 
 FORMAT = "ume-eval"
 FORMAT_VERSION = 1
@@ -26,7 +27,6 @@ _INFORMATIVE = frozenset({"model", "tasks", "data", "versions"})
 _CONCLUSIONS = ("summary.json", "summary.md", "report.html")
 
 
-Mode: TypeAlias = Literal["gen", "disc", "last"]
 OnError: TypeAlias = Literal["stop", "skip"]
 LEAST_TOP = 10
 
@@ -36,7 +36,7 @@ class EvalOptions:
     """How tasks are embedded and ranked.
 
     Attributes:
-        mode: which hidden state is the embedding, as ``PlumeForEmbedding.embed``.
+        options: of the model's family, replacing its defaults.
         batch_tokens: prompt tokens per batch, None for the default of the device.
         workers: threads that read and decode media.
         top: places of each ranking that are kept and scored.
@@ -50,7 +50,7 @@ class EvalOptions:
         ValueError: a value is none of these.
     """
 
-    mode: Mode = "gen"
+    options: Mapping[str, Any] = field(default_factory=dict)
     batch_tokens: int | None = None
     workers: int = 2
     top: int = 100
@@ -59,7 +59,6 @@ class EvalOptions:
     shard_sizes: Mapping[Kind, int] | None = None
 
     def __post_init__(self) -> None:
-        require_one_of("mode", self.mode, get_args(Mode))
         require_one_of("on_error", self.on_error, get_args(OnError))
         if self.top < LEAST_TOP:  # measures look at the first ten places
             raise ValueError(f"top must be at least {LEAST_TOP}, got {self.top}")
@@ -84,6 +83,8 @@ def describe(
     """The manifest of an evaluation, as it is written to ``run.json``."""
     read = asdict(reading)
     del read["download"]  # where a table came from does not change it
+    if reading.frames in (None, FRAMES):  # as it was before there was a choice
+        del read["frames"]
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -147,7 +148,8 @@ def joined(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> dic
         raise StoreError(
             f"{folder} holds an evaluation with other settings:\n  "
             + "\n  ".join(differences)
-            + "\nchoose another folder with -o, or replace it with --overwrite"
+            + "\nchoose another folder with -o, or replace it with --overwrite",
+            kind=ErrorKind.OTHER_SETTINGS,
         )
     earlier = [name for name in there["tasks"] if name not in manifest["tasks"]]
     scored = [name for name in earlier if (folder / "tasks" / name / "scores.json").is_file()]
@@ -156,7 +158,8 @@ def joined(folder: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> dic
         raise StoreError(
             f"{folder} holds scores of {len(scored)} other tasks on the data of {data[0]}, and "
             f"--data is {data[1]} now: name those tasks as well, choose another folder with -o, or "
-            "replace everything with --overwrite"
+            "replace everything with --overwrite",
+            kind=ErrorKind.OTHER_SETTINGS,
         )
     return {**manifest, "tasks": [*manifest["tasks"], *earlier]}
 
@@ -244,7 +247,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise StoreError(
-            f"{folder} has no {MANIFEST}: it is not the output of `ume eval`; give its folder"
+            f"{folder} has no {MANIFEST}: it is not the output of `ume eval`; give its folder",
+            kind=ErrorKind.NOT_FOUND,
         )
     try:
         value = json.loads(path.read_bytes())
@@ -268,14 +272,4 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def manifest_differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each setting in which two manifests differ, but for informative ones."""
-    mine, theirs = _flat(there), _flat(now)
-    return [
-        f"{name}: {mine.get(name)!r} there, {theirs.get(name)!r} now"
-        for name in sorted(mine.keys() | theirs.keys())
-        if name not in _INFORMATIVE and mine.get(name) != theirs.get(name)
-    ]
-
-
-def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(manifest))
-    return {**plain.pop("settings", {}), **plain}
+    return setting_differences(there, now, _INFORMATIVE, "there")

@@ -50,7 +50,7 @@ class Task:
 
     Attributes:
         name: as in published score tables.
-        benchmark: "MMEB-v2", "MMEB-v1" or "M-BEIR".
+        benchmark: its name, one of ``benchmarks.BENCHMARKS``.
         modality: the third of MMEB-v2 that it belongs to.
         group: the finer group whose mean papers report, such as "I-CLS".
         reader: which published layout its data have, a key of ``readers.READERS``.
@@ -62,6 +62,7 @@ class Task:
         plume_instructions: as the evaluation of PLUME has them, where that differs.
         legacy_source: the tables with the labels published first, where they were wrong.
         limit: number of queries of the official evaluation, where it takes the first so many.
+        most: queries of this version of the task; a table with more is of another one.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Task:
     plume_instructions: Instructions | None = None
     legacy_source: Source | None = None
     limit: int | None = None
+    most: int | None = None
 
     def tables(self, labels: Labels) -> Source:
         """Where the tables of one version of the labels are."""

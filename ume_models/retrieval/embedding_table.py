@@ -15,7 +15,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save_file
 
 from ume_models.atomic import replacing, write_atomically
-from ume_models.errors import StoreError
+from ume_models.errors import ErrorKind, StoreError
 
 _FORMAT = "ume-index"
 _FORMAT_VERSION = 1
@@ -149,7 +149,10 @@ class EmbeddingTable:
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StoreError(f"{directory} is not a readable index: {error}") from error
         if found != kind:
-            raise StoreError(f"{directory} is an index of type {found!r}, not {kind!r}")
+            raise StoreError(
+                f"{directory} is an index of type {found!r}, not {kind!r}",
+                kind=ErrorKind.OTHER_SETTINGS,
+            )
         return table, settings
 
 

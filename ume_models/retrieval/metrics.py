@@ -46,7 +46,7 @@ def ranking_quality(
         raise ValueError(f"{len(rankings)} rankings and {len(relevant)} answers do not fit")
     if not all(relevant):
         raise ValueError("every query needs at least one relevant candidate")
-    ranks = [_best_rank(ids, wanted) for ids, wanted in zip(rankings, relevant, strict=True)]
+    ranks = [best_rank(ids, wanted) for ids, wanted in zip(rankings, relevant, strict=True)]
     return RankingQuality(
         queries=len(ranks),
         candidates=candidates,
@@ -57,7 +57,8 @@ def ranking_quality(
     )
 
 
-def _best_rank(ids: Sequence[str], wanted: Collection[str]) -> int | None:
+def best_rank(ids: Sequence[str], wanted: Collection[str]) -> int | None:
+    """Rank, from 1, of the first of ``ids`` that is wanted; None where none is."""
     return next((rank for rank, found in enumerate(ids, start=1) if found in wanted), None)
 
 

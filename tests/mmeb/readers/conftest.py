@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from ume_models.mmeb.dataset import ReadOptions, TaskData
-from ume_models.mmeb.mmeb_v2 import MMEB_V2
+from ume_models.mmeb.mmeb_v2 import MMEB_V2, MMEB_V2_2026
 from ume_models.mmeb.readers import read_task
 from ume_models.mmeb.tasks import Task
 
 TASKS: Mapping[str, Task] = {task.name: task for task in MMEB_V2}
+CORRECTED: Mapping[str, Task] = {task.name: task for task in MMEB_V2_2026}
 
 
 class Root:
@@ -39,9 +40,11 @@ class Root:
             (place / name).touch()
         return place
 
-    def read(self, task: str, **options: Any) -> TaskData:
-        """One task."""
-        return read_task(TASKS[task], self.path, ReadOptions(**options))
+    def read(self, task: str, *, corrected: bool = False, **options: Any) -> TaskData:
+        """One task; of the benchmark's corrected version if asked for."""
+        return read_task(
+            (CORRECTED if corrected else TASKS)[task], self.path, ReadOptions(**options)
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -47,6 +47,14 @@ def test_what_is_missing_is_known_without_the_disk(tmp_path: Path) -> None:
     assert missing_frames(Item("text")) is None
 
 
+def test_as_many_frames_as_asked_for_stand_for_a_video(tmp_path: Path) -> None:
+    for number in range(70):
+        (tmp_path / f"{number}.jpg").touch()
+    counts = [len(FrameFolders(count).video(tmp_path)) for count in (None, 16, 64)]
+    assert counts == [8, 16, 64]
+    assert len(FrameFolders().video(tmp_path, whole=True)) == 70
+
+
 def test_a_folder_is_listed_once(tmp_path: Path) -> None:
     (tmp_path / "0.jpg").touch()
     folders = FrameFolders()

@@ -9,7 +9,7 @@ import pytest
 from ume_models.errors import DataError
 from ume_models.mmeb import readers
 from ume_models.mmeb.dataset import ReadOptions, TaskData
-from ume_models.mmeb.mmeb_v2 import MMEB_V2
+from ume_models.mmeb.mmeb_v2 import MMEB_V2, MMEB_V2_2026
 from ume_models.mmeb.readers import READERS, read_task, reader
 
 
@@ -27,10 +27,19 @@ def test_every_task_has_one(tmp_path: Path) -> None:
         assert task.source.repository in str(caught.value)
 
 
+def test_the_corrected_benchmark_has_one_version_of_every_task() -> None:
+    assert [task.modality for task in MMEB_V2_2026] == [task.modality for task in MMEB_V2]
+    assert {task.benchmark for task in MMEB_V2_2026} == {"MMEB-v2-2026"}
+    renamed = {task.name for task in MMEB_V2_2026} - {task.name for task in MMEB_V2}
+    assert renamed == {"ViDoSeek-page-fixed", "MMLongBench-page-fixed"}
+    assert not any(task.legacy_source for task in MMEB_V2_2026)
+    english = {"biomedical_lectures_v2", "economics_reports_v2", "esg_reports_v2"}
+    assert not {f"ViDoRe_{name}" for name in english} & {task.name for task in MMEB_V2_2026}
+
+
 @pytest.mark.parametrize(
     "error",
-    [OSError(36, "File name too long"), ValueError("embedded null byte"), TypeError("not a str"),
-     KeyError("x"), AttributeError("no"), IndexError("out"), OverflowError("inf"), RecursionError(),
+    [OSError(36, "File name too long"), ValueError("embedded null byte"), RecursionError(),
      UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
@@ -46,6 +55,18 @@ def test_unexpected_errors_name_the_task_and_what_to_do(
     told = str(caught.value)
     assert told.startswith(f"{MMEB_V2[0].name}: ") and MMEB_V2[0].source.repository in told
     assert f"{type(error).__name__}: {error}" in told and caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("defect", [TypeError, AttributeError, KeyError, IndexError])
+def test_defects_of_readers_are_not_blamed_on_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: type[Exception]
+) -> None:
+    def read(*_: object) -> TaskData:
+        raise defect
+
+    monkeypatch.setattr(readers, "reader", lambda name: read)
+    with pytest.raises(defect):
+        read_task(MMEB_V2[0], tmp_path, ReadOptions())
 
 
 def test_an_unknown_reader_is_named() -> None:

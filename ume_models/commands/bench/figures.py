@@ -26,7 +26,7 @@ class Figure:
         samples: inputs per call.
         rounds: how many there were; None where it was not noted.
         batch: rows that went through together, for plots over it.
-        latent_steps: K, for plots over it.
+        steps: K, for plots over it.
         floor: seconds per call below which this machine cannot go, None where not counted.
         bar: least ratio of the reference's time per sample to this one's, None where none is set.
         bar_seconds: most seconds per call, None where none is set.
@@ -42,7 +42,7 @@ class Figure:
     samples: int = 1
     rounds: int | None = None
     batch: int | None = None
-    latent_steps: int | None = None
+    steps: int | None = None
     floor: float | None = None
     bar: float | None = None
     bar_seconds: float | None = None

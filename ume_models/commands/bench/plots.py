@@ -78,11 +78,11 @@ def _wanted(results: Results) -> Iterator[tuple[str, str, Callable[[], Any]]]:
         yield "speed-up", title, partial(speed_up_plot, compared)
     for section, figures in results.sections().items():
         stem = section.replace(" ", "-")
-        over_batch = curves(figures, lambda f: f.batch, lambda f: f.latent_steps)
+        over_batch = curves(figures, lambda f: f.batch, lambda f: f.steps)
         if over_batch:
             title = f"Throughput over batch: {section}"
             yield f"throughput-{stem}", title, partial(throughput, over_batch)
-        over_steps = curves(figures, lambda f: f.latent_steps, lambda f: f.batch)
+        over_steps = curves(figures, lambda f: f.steps, lambda f: f.batch)
         if over_steps:
             title = f"Time over latent steps: {section}"
             yield f"latency-{stem}", title, partial(latency, over_steps)

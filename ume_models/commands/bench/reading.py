@@ -100,7 +100,7 @@ def _figure(entry: Mapping[str, Any]) -> Figure:
         samples=info.get("samples", 1),
         rounds=info.get("rounds", stats.get("rounds")),
         batch=info.get("batch"),
-        latent_steps=info.get("latent_steps"),
+        steps=info.get("latent_steps"),
         floor=info.get("floor_seconds"),
         bar=info.get("bar"),
         bar_seconds=info.get("bar_seconds"),

@@ -76,15 +76,19 @@ def read_task(task: Task, root: Path, options: ReadOptions) -> TaskData:
             names the task, the place and the remedy.
     """
     try:
-        return reader(task.reader)(task, root, options)
+        data = reader(task.reader)(task, root, options)
+        if task.most is not None and len(data.queries) > task.most:
+            raise DataError(
+                f"{data.files[0]} has {len(data.queries)} queries, and this version of the task "
+                f"{task.most}: get {task.source.repository} again"
+            )
+        return data
     except DataError as error:
-        name = f"{task.name}: "
-        if str(error).startswith(name):
-            raise
-        raise DataError(f"{name}{error}") from error
+        raise DataError(error.message, task=task.name) from error
     except UNEXPECTED as error:
         # One odd table must not end the reading of all others.
         raise DataError(
-            f"{task.name}: a table of {task.tables(options.labels).repository}, or a folder of its "
-            f"media, cannot be read: {unexpected(error)}; get it again"
+            f"a table of {task.tables(options.labels).repository}, or a folder of its media, "
+            f"cannot be read: {unexpected(error)}; get it again",
+            task=task.name,
         ) from error

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from ume_models.errors import DataError
-from ume_models.mmeb.tables import Table
+from ume_models.mmeb.table import Table
 
-# What reading may run into where a table holds something else than its layout promises.
-UNEXPECTED = (
-    ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError,
-)  # fmt: skip
+# What reading may run into where a table holds something else than its layout promises. What a
+# defect of this package raises (TypeError, AttributeError, LookupError) is none of it.
+UNEXPECTED = (OSError, RecursionError, ValueError)
 
 
 def unexpected(error: Exception) -> str:

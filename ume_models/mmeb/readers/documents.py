@@ -22,7 +22,8 @@ from ume_models.mmeb.dataset import Candidates, Query, ReadOptions, TaskData
 from ume_models.mmeb.locate import locate
 from ume_models.mmeb.readers.cells import name_of, row_named, text_of
 from ume_models.mmeb.readers.wording import instruct
-from ume_models.mmeb.tables import Table, open_table, picture
+from ume_models.mmeb.table import Table
+from ume_models.mmeb.tables import open_table, picture
 from ume_models.mmeb.tasks import Task
 from ume_models.processing.items import Item, MediaSource
 
@@ -101,7 +102,7 @@ class Pages(Candidates):
         page = picture(self._corpus.cell(row, "image"), self._corpus.files[0].parent)
         if isinstance(page, bytes):
             return _as_extracted(page, self._file_name(name))
-        return page if isinstance(page, Path) and page.is_file() else None
+        return page if isinstance(page, Path) and os.path.isfile(page) else None
 
     def extracted(self, name: str) -> Path | None:
         """A page's file; None where it has not been extracted."""

@@ -48,7 +48,7 @@ def read_moments(task: Task, root: Path, options: ReadOptions) -> TaskData:
     """
     table = open_table(locate(task.tables(options.labels), root, download=options.download))
     folder = media_folder(task, root)
-    videos = FrameFolders()
+    videos = FrameFolders(options.frames)
     mentions = Mentions()
     queries: list[Query] = []
     clips: dict[str, list[str]] = {}
@@ -90,7 +90,7 @@ def read_momentseeker(task: Task, root: Path, options: ReadOptions) -> TaskData:
     """
     table = open_table(locate(task.tables(options.labels), root, download=options.download))
     folder = media_folder(task, root)
-    videos = FrameFolders()
+    videos = FrameFolders(options.frames)
     mentions = Mentions()
     queries: list[Query] = []
     words = task.wording(options.instructions)
@@ -130,7 +130,7 @@ def _whole_clip(name: str, text: str, folder: Path, videos: FrameFolders) -> Ite
     place = folder / name
     if place.suffix.lower() in FRAME_SUFFIXES:
         return Item(instruct(text), video=(place,), id=name)
-    return Item(instruct(text), video=videos.video(place, None), id=name)
+    return Item(instruct(text), video=videos.video(place, whole=True), id=name)
 
 
 def _entries(row: Mapping[str, Any], column: str) -> Sequence[Mapping[str, Any]]:
@@ -178,7 +178,7 @@ def _query(
         if leaked and not place.exists():
             video: tuple[Path, ...] = (folder / leaked,)
         else:
-            video = videos.video(place, None)
+            video = videos.video(place, whole=True)
         return Item(instruct(_WITH_VIDEO, text), video=video, id=str(index))
     if given.endswith(".jpg"):
         path = _existing(folder, f"query_{given}") or _existing(folder, given) or leaked

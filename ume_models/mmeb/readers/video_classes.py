@@ -37,7 +37,7 @@ def read_classes(task: Task, root: Path, options: ReadOptions) -> TaskData:
     """All classes are candidates: those of the rows first, then the rest of the list."""
     table = open_table(locate(task.tables(options.labels), root, download=options.download))
     folder = media_folder(task, root)
-    videos = FrameFolders()
+    videos = FrameFolders(options.frames)
     mentions = Mentions()
     queries: list[Query] = []
     text = instruct(task.wording(options.instructions).query)
@@ -58,7 +58,7 @@ def read_choices(task: Task, root: Path, options: ReadOptions) -> TaskData:
     """Every row has its own choices, the right one among those in the column of the wrong ones."""
     table = open_table(locate(task.tables(options.labels), root, download=options.download))
     folder = media_folder(task, root)
-    videos = FrameFolders()
+    videos = FrameFolders(options.frames)
     mentions = Mentions()
     queries: list[Query] = []
     text = instruct(task.wording(options.instructions).query)

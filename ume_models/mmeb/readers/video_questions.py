@@ -14,7 +14,8 @@ from ume_models.mmeb.frames import FrameFolders
 from ume_models.mmeb.locate import locate, media_folder
 from ume_models.mmeb.readers.cells import name_of, row_named, text_of, texts_of
 from ume_models.mmeb.readers.mentions import Mentions
-from ume_models.mmeb.tables import Table, open_table
+from ume_models.mmeb.table import Table
+from ume_models.mmeb.tables import open_table
 from ume_models.mmeb.tasks import Task
 from ume_models.processing.items import Item
 
@@ -159,7 +160,7 @@ def _read(
     question: Callable[[_Row, str], _Question],
 ) -> TaskData:
     folder = media_folder(task, root)
-    videos = FrameFolders()
+    videos = FrameFolders(options.frames)
     mentions = Mentions()
     queries: list[Query] = []
     prompt = task.wording(options.instructions).query

@@ -64,7 +64,7 @@ def _read(
 ) -> TaskData:
     table = open_table(locate(task.tables(options.labels), root, download=options.download))
     folder = media_folder(task, root)
-    videos = FrameFolders()
+    videos = FrameFolders(options.frames)
     mentions = Mentions()
     queries: list[Query] = []
     words = task.wording(options.instructions)

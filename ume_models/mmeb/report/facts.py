@@ -8,6 +8,10 @@ from typing import Any
 _NAMES = {
     "model": "model",
     "fingerprint": "model fingerprint",
+    "embedder": "family",
+    "profile": "profile",
+    "profile_fingerprint": "profile fingerprint",
+    "family": "backbone",
     "benchmark": "benchmark",
     "package_version": "ume-kernels version",
     "latent_steps": "latent steps K",
@@ -18,6 +22,7 @@ _NAMES = {
     "labels": "labels",
     "instructions": "instructions",
     "limit": "queries per task",
+    "frames": "frames per video",
     "multi_image": "several images",
     "context": "router context",
     "top": "ranks kept",

@@ -11,7 +11,7 @@ from ume_models.mmeb.report.outline import group_title, tasks_of
 from ume_models.mmeb.summary import Summary
 
 # Settings that decide what is read for a task, so that its data differ wherever they do.
-_READING = {"labels", "instructions", "limit", "momentseeker_leak", "benchmark"}
+_READING = {"labels", "instructions", "limit", "frames", "momentseeker_leak", "benchmark"}
 _DECISIVE = {*_READING, "legacy_ndcg"}
 
 
