@@ -86,7 +86,9 @@ def test_loading_options(texts, model):
     )
     assert close(opened.encode(texts), model.encode([{"text": t} for t in texts], latent_steps=3))
     with pytest.raises(TypeError, match="takes no load options"):
-        sentence_transformer(model, latent_steps=3)
+        sentence_transformer(model, min_pixels=784)
+    wrapped = sentence_transformer(model, latent_steps=3)
+    assert close(wrapped.encode(texts), opened.encode(texts, convert_to_tensor=True))
 
 
 def test_bad_input_names_the_item(opened):

@@ -88,7 +88,9 @@ def test_options_reach_the_model(model, texts):
     assert close(embeddings.embed_documents(texts), wanted)
     assert UmeEmbeddings(latent_steps=3).model.latent_steps == 3
     with pytest.raises(TypeError, match="takes no load options"):
-        UmeEmbeddings(model, latent_steps=3)
+        UmeEmbeddings(model, min_pixels=784)
+    one, two = UmeEmbeddings(model, mode="disc"), UmeEmbeddings(model)
+    assert close(one.embed_documents(texts), wanted) and one.model_name != two.model_name
 
 
 def test_bad_input_names_the_item(embeddings):

@@ -1,17 +1,14 @@
-"""A LlamaIndex embedding around :class:`UmeEmbeddings`; imported when it is asked for."""
+"""A LlamaIndex embedding around ``UmeEmbeddings``; imported when it is asked for."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ume_models.interfaces.text_embeddings import UmeEmbeddings
+from typing import Any
 
 Vector = list[float]
 
 
-def make_embedding(embeddings: UmeEmbeddings) -> Any:
-    """A ``MultiModalEmbedding`` that asks ``embeddings``.
+def make_embedding(embeddings: Any) -> Any:
+    """A ``MultiModalEmbedding`` that asks ``embeddings``, a ``UmeEmbeddings``.
 
     Raises:
         ImportError: llama-index-core is not installed.

@@ -1,4 +1,4 @@
-"""PLUME as an encoder for mteb, for text, image and video tasks.
+"""Any model as an encoder for mteb, for text, image and video tasks.
 
 ``mteb.evaluate(MtebEncoder(folder), tasks)``
 """
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from ume_models.embedders.loading import load
-from ume_models.embedders.plume import Mode, PlumeForEmbedding
+from ume_models.embedder import Embedder
+from ume_models.embedders.loading import resolve
 from ume_models.encode import encode
 from ume_models.errors import ItemError
 from ume_models.interfaces.inputs import make_item
-from ume_models.interfaces.locate import checkpoint_folder
+from ume_models.interfaces.models import Source, open_model
 from ume_models.processing.items import Item
 
 Array = np.ndarray | torch.Tensor
@@ -35,18 +36,16 @@ class MtebEncoder:
     """An encoder as mteb 2 asks for (``EncoderProtocol``); mteb 1 may call it with a list of texts.
 
     Args:
-        model: folder, hub id, a loaded model, or None for the bundled one.
+        model, options: see ``interfaces.models.open_model``.
         revision: hub revision, and the revision in the results; default: a hash of the weights.
-        device: where to load the model.
+        device: where to load the model; default: a GPU where there is one.
         instructions: what precedes the text, by ``"TASK-query"``, ``"TASK-document"``, ``"TASK"``
             (a task's name, or its type such as ``"Retrieval"``), ``"query"`` or ``"document"``;
             the most specific one counts. Or a function of (task metadata, ``"query"`` |
             ``"document"`` | None). Default: the prompt that the task itself defines, if any.
-        mode: ``"gen"``, ``"disc"`` or ``"last"``.
         batch_tokens: see ``ume_models.encode``; mteb's ``batch_size`` only says how items arrive.
         video_frames: frames taken from a video, evenly; officially 8.
         name: model name in the results, ``"organisation/name"``.
-        load_options: options of ``ume_models.load``.
 
     Raises:
         CheckpointError: the checkpoint does not load.
@@ -55,33 +54,27 @@ class MtebEncoder:
 
     def __init__(
         self,
-        model: PlumeForEmbedding | str | Path | None = None,
+        model: Source = None,
         revision: str | None = None,
         *,
         device: str | None = None,
         instructions: Instructions = None,
-        mode: Mode = "gen",
         batch_tokens: int | None = None,
         video_frames: int = 8,
         name: str | None = None,
-        **load_options: Any,
+        **options: Any,
     ) -> None:
-        if isinstance(model, PlumeForEmbedding):
-            if load_options or device is not None:
-                raise TypeError("a loaded model takes no load options; give its folder instead")
-            self.model = model
-        else:
-            folder = None if model is None else checkpoint_folder(model, revision=revision)
-            self.model = load(folder, device or "auto", **load_options)
+        if device is not None:
+            options["device"] = device
+        source = model if isinstance(model, Embedder) else resolve(model, revision=revision)
+        self.model, self.embed_options = open_model(source, options)
         if name is None:
-            text = "" if isinstance(model, PlumeForEmbedding) or model is None else str(model)
+            text = model if isinstance(model, str) else ""
             is_id = text.count("/") == 1 and not Path(text).expanduser().is_dir()
-            folder_name = self.model.sources[0].resolve().name
-            name = text if is_id else f"ume-models/{folder_name}"
+            name = text if is_id else f"ume-models/{self.model.sources[0].resolve().name}"
         self.name = name
         self.revision = revision
         self.instructions = instructions
-        self.mode: Mode = mode
         self.batch_tokens = batch_tokens
         self.video_frames = video_frames
 
@@ -113,20 +106,15 @@ class MtebEncoder:
         self._sample_videos(inputs)
         instruction = self.instruction(task_metadata, prompt_type, task_name)
         parts = [torch.empty(0, self.model.hidden_size, device="cpu")]
+        options = {**vars(self.embed_options), "batch_tokens": self.batch_tokens}
         start = 0
         for items in _groups(_with_instruction(inputs, instruction)):
             try:
-                part = encode(
-                    self.model,
-                    items,
-                    mode=self.mode,
-                    batch_tokens=self.batch_tokens,
-                    progress=bool(show_progress_bar),
-                )
+                part = encode(self.model, items, progress=bool(show_progress_bar), **options)
             except ItemError as error:
                 # its index is the one in the group
                 index = None if error.index is None else start + error.index
-                raise ItemError(error.reason, index) from error
+                raise error.at(index) from error
             parts.append(part)
             start += len(items)
         return torch.cat(parts).numpy()
@@ -168,19 +156,21 @@ class MtebEncoder:
             from mteb.models.model_meta import ModelMeta
         except ImportError as error:
             raise ImportError("this needs mteb: pip install 'mteb>=2'") from error
-        parameters = sum(p.numel() for p in self.model.parameters())
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        model = self.model
+        module = model if isinstance(model, nn.Module) else nn.Module()
+        weights = list(module.parameters())
+        tables = [m.weight.numel() for m in module.modules() if isinstance(m, nn.Embedding)]
         return ModelMeta(
             loader=None,
             name=self.name,
-            revision=self.revision or self.model.fingerprint,
+            revision=self.revision or model.fingerprint,
             release_date=None,
             languages=None,
-            n_parameters=parameters,
-            n_embedding_parameters=self.model.model.embed_tokens.weight.numel(),
-            memory_usage_mb=size / 2**20,
-            max_tokens=self.model.config.max_position_embeddings,
-            embed_dim=self.model.hidden_size,
+            n_parameters=sum(p.numel() for p in weights),
+            n_embedding_parameters=max(tables, default=0),
+            memory_usage_mb=sum(p.nbytes for p in weights) / 2**20,
+            max_tokens=model.max_positions,
+            embed_dim=model.hidden_size,
             license=None,
             open_weights=True,
             public_training_code=None,
@@ -190,11 +180,7 @@ class MtebEncoder:
             use_instructions=True,
             training_datasets=None,
             modalities=["text", "image", "video"],
-            experiment_kwargs={
-                "mode": self.mode,
-                "latent_steps": self.model.latent_steps,
-                "context": self.model.settings.context,
-            },
+            experiment_kwargs={"profile": model.profile.name, **self.embed_options.described()},
         )
 
     def _sample_videos(self, inputs: Any) -> None:

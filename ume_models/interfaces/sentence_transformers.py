@@ -1,12 +1,11 @@
-"""PLUME as a sentence-transformers model.
+"""Any model as one of sentence-transformers.
 
-``SentenceTransformer(folder, trust_remote_code=True)`` imports :class:`PlumeModule` for folders
+``SentenceTransformer(folder, trust_remote_code=True)`` imports :class:`EmbedderModule` for folders
 with our ``modules.json``; :func:`sentence_transformer` makes the same of any checkpoint or model.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,15 +16,14 @@ from torch import nn
 
 from ume_models.atomic import write_atomically
 from ume_models.backbone.checkpoint import write_json
-from ume_models.backbone.config import read_json
+from ume_models.backbone.fields import read_json
 from ume_models.embedders.library_files import SENTENCE_CONFIG
-from ume_models.embedders.loading import load
-from ume_models.embedders.plume import Mode, PlumeForEmbedding
+from ume_models.embedders.loading import resolve
 from ume_models.embedders.rows import PROCESSOR_INPUTS
 from ume_models.errors import ItemError, UmeError
-from ume_models.interfaces.batches import prepare_batch, prompt_limit
+from ume_models.interfaces.batches import prepare_batch
 from ume_models.interfaces.inputs import describe_input, make_item
-from ume_models.interfaces.locate import checkpoint_folder
+from ume_models.interfaces.models import Source, load_options, open_model, prompt_limit
 from ume_models.processing.items import Item
 
 if TYPE_CHECKING:
@@ -34,75 +32,75 @@ if TYPE_CHECKING:
 OPTIONS_FILE = "sentence_plume_config.json"
 
 
-class PlumeModule(nn.Module):
-    """The only module of a sentence-transformers pipeline around a PLUME model.
+class EmbedderModule(nn.Module):
+    """The only module of a sentence-transformers pipeline around a model of any family.
 
     Inputs are strings, PIL images, image files and item dictionaries ``{"text", "image" |
     "images" | "video", "instruction"}``; a prompt is put in front of the text. Embeddings equal
-    those of ``PlumeForEmbedding.encode``: unit-norm float32.
-
-    ``encode(..., mode=…, latent_steps=…, context=…, exclude_experts=…, verify_eos=…)`` are passed
-    on to ``PlumeForEmbedding.embed``.
+    those of ``model.encode``: unit-norm float32. ``encode(..., **options)`` passes the family's
+    options on.
 
     Args:
-        model: a loaded model.
-        mode: default of ``encode``: ``"gen"``, ``"disc"`` or ``"last"``.
+        model, options: see ``interfaces.models.open_model``.
         max_seq_length: longest prompt in tokens, template and visual tokens included. Longer ones
             raise ``ItemError``: nothing is truncated. Default: what the model's positions hold.
     """
 
     # Looked up by sentence-transformers.
     save_in_root = True
-    forward_kwargs = frozenset({"mode", "latent_steps", "context", "exclude_experts", "verify_eos"})
     modalities = ("text", "image", "video", ("image", "text"), ("text", "video"), "message")
 
     def __init__(
-        self, model: PlumeForEmbedding, mode: Mode = "gen", max_seq_length: int | None = None
+        self, model: Source = None, *, max_seq_length: int | None = None, **options: Any
     ) -> None:
         super().__init__()
-        if mode not in ("gen", "disc", "last"):
-            raise ValueError(f"mode must be 'gen', 'disc' or 'last', got {mode!r}")
-        self.plume = model
-        self.mode: Mode = mode
-        self._limit: int | None = None
+        self.embedder, self.embed_options = open_model(model, options)
         self.max_seq_length = max_seq_length
         self.eval()
 
     # -- what sentence-transformers asks a module -------------------------------------------
 
     @property
+    def forward_kwargs(self) -> frozenset[str]:
+        """Options of ``encode`` that reach :meth:`forward`."""
+        return frozenset(self.embedder.Options.names())
+
+    @property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer."""
-        return self.plume.tokenizer
+        return self.embedder.tokenizer
 
     @property
     def processor(self) -> Any:
         """The processor of items."""
-        return self.plume.processor
+        return self.embedder.processor
 
     @property
-    def max_seq_length(self) -> int | None:
+    def max_seq_length(self) -> int:
         """Longest prompt in tokens; a longer one is an error."""
-        return prompt_limit(self.plume) if self._limit is None else self._limit
+        return self._most() if self._limit is None else self._limit
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"max_seq_length must be an integer or None, got {value!r}")
-        if value is not None and not 0 < value <= prompt_limit(self.plume):
+        if value is not None and not 0 < value <= self._most():
             raise ValueError(
-                f"max_seq_length must be 1 … {prompt_limit(self.plume)}, the prompt tokens the "
-                f"model holds, got {value}"
+                f"max_seq_length must be 1 … {self._most()}, the prompt tokens the model holds, "
+                f"got {value}"
             )
-        self._limit = value
+        self._limit: int | None = value
+
+    def _most(self) -> int:
+        return prompt_limit(self.embedder, self.embed_options)
 
     def get_embedding_dimension(self) -> int:
         """Width of an embedding."""
-        return self.plume.hidden_size
+        return self.embedder.hidden_size
 
     def get_sentence_embedding_dimension(self) -> int:
         """Width of an embedding."""
-        return self.plume.hidden_size
+        return self.embedder.hidden_size
 
     def tokenize(self, texts: Sequence[Any], **options: Any) -> dict[str, torch.Tensor]:
         """:meth:`preprocess` under its older name."""
@@ -134,7 +132,7 @@ class PlumeModule(nn.Module):
                 make_item(value, number, prompt or "", paths=True)
                 for number, value in enumerate(inputs)
             ]
-            return prepare_batch(self.plume, items, self._limit)
+            return prepare_batch(self.processor, items, self.max_seq_length)
         except ItemError as error:
             if error.index is None:
                 raise
@@ -142,7 +140,7 @@ class PlumeModule(nn.Module):
             given = value.id if isinstance(value, Item) else None
             given = value.get("id") if isinstance(value, Mapping) else given
             reason = f"{error.reason} — the item is {describe_input(value)}"
-            raise ItemError(reason, None, None if given is None else str(given)) from error
+            raise error.at(None, None if given is None else str(given), reason) from error
 
     def forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
         """Add ``sentence_embedding`` float32 ``[B, D]`` to the features.
@@ -152,11 +150,11 @@ class PlumeModule(nn.Module):
         """
         if self.training and torch.is_grad_enabled():
             raise UmeError(
-                "this module computes no gradients: call model.eval() to embed; "
-                "ume_models.training has the training step"
+                "this module computes no gradients: call model.eval() to embed"
             )
         inputs = {name: features[name] for name in PROCESSOR_INPUTS if name in features}
-        embeddings = self.plume.embed(**inputs, **{"mode": self.mode, **options})
+        chosen = vars(self.embed_options.replaced(options))
+        embeddings = self.embedder.embed(**inputs, **chosen)
         return {**features, "sentence_embedding": embeddings}
 
     # -- files ------------------------------------------------------------------------------
@@ -171,30 +169,15 @@ class PlumeModule(nn.Module):
         # sentence-transformers has just written its prompts; ours are those of the old folder
         prompts = target / SENTENCE_CONFIG
         written = prompts.read_bytes() if prompts.is_file() else None
-        self.plume.save_pretrained(target)
+        self.embedder.save_pretrained(target)
         if written is not None:
             write_atomically(prompts, written)
         write_json(target / OPTIONS_FILE, self.options())
 
     def options(self) -> dict[str, Any]:
-        """What makes this module give other embeddings than ``load(folder)`` would."""
-        settings, processor = self.plume.settings, self.plume.processor
-        found = {
-            "mode": self.mode,
-            "max_seq_length": self._limit,
-            "latent_steps": settings.latent_steps,
-            "context": settings.context,
-            "max_new_tokens": settings.max_new_tokens,
-            "disc_offset": settings.disc_offset,
-            "multi_image": processor.multi_image,
-            "empty": processor.empty,
-            "min_pixels": processor.config.min_pixels,
-            "max_pixels": processor.config.max_pixels,
-        }
-        adapter = self.plume.latent_moe_transition
-        if adapter is not None:
-            found["top_k"] = adapter.top_k
-        return found
+        """What :meth:`load` needs beside the checkpoint to make this module again."""
+        found = load_options(self.embedder, self.embed_options)
+        return {**found, "max_seq_length": self._limit}
 
     @classmethod
     def load(
@@ -212,29 +195,23 @@ class PlumeModule(nn.Module):
         config_kwargs: Mapping[str, Any] | None = None,
         backend: str = "torch",
         **kwargs: Any,
-    ) -> PlumeModule:
+    ) -> EmbedderModule:
         """Called by ``SentenceTransformer(folder)``.
 
-        ``model_kwargs``, ``processor_kwargs`` and ``config_kwargs`` take ``mode``,
-        ``max_seq_length`` and the options of ``ume_models.load``; ``torch_dtype`` counts as
-        ``dtype``.
+        ``model_kwargs``, ``processor_kwargs`` and ``config_kwargs`` take ``max_seq_length`` and
+        the options of ``ume_models.load``; ``torch_dtype`` counts as ``dtype``.
 
         Raises:
             CheckpointError: the checkpoint does not load.
-            ValueError: an option does not exist.
+            TypeError, ValueError: an option does not exist, or is not supported.
         """
         if backend != "torch":
             raise ValueError(f"backend={backend!r} is not supported; only 'torch' is")
         if tokenizer_kwargs and tokenizer_kwargs is not processor_kwargs:
             raise ValueError(f"tokenizer_kwargs are not used, got {sorted(tokenizer_kwargs)}")
-        folder = checkpoint_folder(
-            model_name_or_path,
-            subfolder,
-            token=token,
-            cache_dir=cache_folder,
-            revision=revision,
-            local_files_only=local_files_only,
-        )
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_folder, "revision": revision}
+        hub["local_files_only"] = local_files_only
+        folder = resolve(model_name_or_path, **hub) / subfolder
         saved = folder / OPTIONS_FILE
         options: dict[str, Any] = dict(read_json(saved)) if saved.is_file() else {}
         for given in (config_kwargs, processor_kwargs, model_kwargs):
@@ -243,53 +220,43 @@ class PlumeModule(nn.Module):
             options.setdefault("dtype", options.pop("torch_dtype"))
         if options.get("dtype", "auto") is None:
             options.pop("dtype")
-        mode, limit = options.pop("mode", "gen"), options.pop("max_seq_length", None)
         # sentence-transformers moves the model itself
         options.setdefault("device", "cpu")
-        unknown = sorted(set(options) - set(inspect.signature(load).parameters))
-        if unknown:
-            raise ValueError(
-                f"{', '.join(unknown)}: no such option; there are mode, max_seq_length and the "
-                "options of ume_models.load"
-            )
-        return cls(load(folder, **options), mode, limit)
+        return cls(folder, **options)
+
+
+PlumeModule = EmbedderModule  # the name in folders written before there were families
 
 
 def sentence_transformer(
-    model: PlumeForEmbedding | str | Path | None = None,
+    model: Source = None,
     *,
-    mode: Mode = "gen",
     max_seq_length: int | None = None,
     prompts: Mapping[str, str] | None = None,
     default_prompt_name: str | None = None,
     truncate_dim: int | None = None,
-    **load_options: Any,
+    **options: Any,
 ) -> SentenceTransformer:
     """A ``SentenceTransformer`` around a checkpoint in the official layout or a loaded model.
 
     Args:
-        model: folder, hub id, a loaded model (it is used, not copied), or None for the bundled one.
-        mode, max_seq_length: see :class:`PlumeModule`.
+        model, options: see ``interfaces.models.open_model``.
+        max_seq_length: see :class:`EmbedderModule`.
         prompts, default_prompt_name, truncate_dim: as in ``SentenceTransformer``. Without
             ``prompts`` those saved beside the checkpoint are used.
-        load_options: options of ``ume_models.load``.
 
     Raises:
         ImportError: sentence-transformers 5.4 or newer is not installed.
         CheckpointError: the checkpoint does not load.
     """
     library = _library()
-    if isinstance(model, PlumeForEmbedding):
-        if load_options:
-            raise TypeError(f"a loaded model takes no load options, got {sorted(load_options)}")
-    else:
-        model = load(model, **load_options)
+    module = EmbedderModule(model, max_seq_length=max_seq_length, **options)
     if prompts is None:
-        prompts, saved_default = _saved_prompts(model.sources)
+        prompts, saved_default = _saved_prompts(module.embedder.sources)
         default_prompt_name = default_prompt_name or saved_default
     return library.SentenceTransformer(
-        modules=[PlumeModule(model, mode, max_seq_length)],
-        device=str(model.device),
+        modules=[module],
+        device=str(module.embedder.device),
         prompts=dict(prompts),
         default_prompt_name=default_prompt_name,
         similarity_fn_name="cosine",

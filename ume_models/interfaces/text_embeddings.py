@@ -1,43 +1,50 @@
-"""PLUME as the embedding object of LangChain and LlamaIndex: plain lists of floats."""
+"""Any model as the embedding object of LangChain and LlamaIndex: plain lists of floats."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from ume_models.embedders.loading import load
-from ume_models.embedders.plume import PlumeForEmbedding
 from ume_models.encode import encode
 from ume_models.errors import ItemError
+from ume_models.interfaces.models import Source, open_model
 from ume_models.processing.items import MediaSource
 
 Vector = list[float]
 Result = TypeVar("Result")
+Given = ParamSpec("Given")
+Owner = TypeVar("Owner")
 
-# A model's arena belongs to one call at a time, however many objects share the model.
-_LOCKS: weakref.WeakKeyDictionary[PlumeForEmbedding, threading.Lock] = weakref.WeakKeyDictionary()
-_LOCKS_GUARD = threading.Lock()
+
+def _threaded(
+    method: Callable[Concatenate[Owner, Given], Result],
+) -> Callable[Concatenate[Owner, Given], Coroutine[Any, Any, Result]]:
+    """A method that runs in a thread, without blocking the event loop."""
+
+    @wraps(method)
+    async def call(self: Owner, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        own = getattr(self, method.__name__)  # which a subclass may have replaced
+        found: Result = await asyncio.to_thread(own, *args, **kwargs)
+        return found
+
+    return call
 
 
 class UmeEmbeddings:
     """Embeds texts and images with the methods LangChain and LlamaIndex call.
 
     Neither library is needed. Code that insists on their classes gets them from
-    :meth:`as_langchain` and :meth:`as_llama_index`. Calls from several threads are run one after
+    :meth:`as_langchain` and :meth:`as_llama_index`. Calls from several threads compute one after
     the other; the ``a…`` methods run in a thread and do not block the event loop.
 
     Args:
-        model: folder, hub id, a loaded model, or None for the bundled one.
+        model, options: see ``interfaces.models.open_model``.
         query_instruction: precedes queries, with one space between.
         document_instruction: precedes documents.
         image_instruction: accompanies images.
-        encode_options: options of ``ume_models.encode.encode``, such as ``mode`` and
-            ``batch_tokens``.
-        load_options: options of ``ume_models.load``.
+        encode_options: options of ``ume_models.encode.encode``, such as ``batch_tokens``.
 
     Raises:
         CheckpointError: the checkpoint does not load.
@@ -45,26 +52,24 @@ class UmeEmbeddings:
 
     def __init__(
         self,
-        model: PlumeForEmbedding | str | Path | None = None,
+        model: Source = None,
         *,
         query_instruction: str = "",
         document_instruction: str = "",
         image_instruction: str = "",
         encode_options: dict[str, Any] | None = None,
-        **load_options: Any,
+        **options: Any,
     ) -> None:
-        if isinstance(model, PlumeForEmbedding):
-            if load_options:
-                raise TypeError(f"a loaded model takes no load options, got {sorted(load_options)}")
-            self.model = model
-        else:
-            self.model = load(model, **load_options)
+        self.model, chosen = open_model(model, options)
         self.query_instruction = query_instruction
         self.document_instruction = document_instruction
         self.image_instruction = image_instruction
-        self.encode_options = {"progress": False, **(encode_options or {})}
-        name = getattr(self.model, "sources", (Path("plume"),))[0].resolve().name
-        self.model_name = f"{name}-{self.model.settings.latent_steps}"
+        self.encode_options = {"progress": False, **vars(chosen), **(encode_options or {})}
+        own = {name: self.encode_options[name] for name in self.model.Options.names()}
+        described = self.model.options.replaced(own).described()
+        # Caches of both libraries go by the name.
+        name = [self.model.sources[0].resolve().name, self.model.profile.name]
+        self.model_name = "-".join([*name, *(f"{key}={value}" for key, value in described.items())])
 
     # -- LangChain --------------------------------------------------------------------------
 
@@ -87,17 +92,9 @@ class UmeEmbeddings:
         instruction = self.image_instruction
         return self._encode({"image": uri, "instruction": instruction} for uri in uris)
 
-    async def aembed_documents(self, texts: Sequence[str]) -> list[Vector]:
-        """:meth:`embed_documents` without blocking the event loop."""
-        return await asyncio.to_thread(self.embed_documents, texts)
-
-    async def aembed_query(self, text: str) -> Vector:
-        """:meth:`embed_query` without blocking the event loop."""
-        return await asyncio.to_thread(self.embed_query, text)
-
-    async def aembed_image(self, uris: Sequence[MediaSource]) -> list[Vector]:
-        """:meth:`embed_image` without blocking the event loop."""
-        return await asyncio.to_thread(self.embed_image, uris)
+    aembed_documents = _threaded(embed_documents)
+    aembed_query = _threaded(embed_query)
+    aembed_image = _threaded(embed_image)
 
     # -- LlamaIndex -------------------------------------------------------------------------
 
@@ -131,35 +128,12 @@ class UmeEmbeddings:
         """One unit vector per image."""
         return self.embed_image(img_file_paths)
 
-    async def aget_text_embedding(self, text: str) -> Vector:
-        """:meth:`get_text_embedding` without blocking the event loop."""
-        return await asyncio.to_thread(self.get_text_embedding, text)
-
-    async def aget_text_embedding_batch(
-        self, texts: Sequence[str], show_progress: bool = False, **kwargs: Any
-    ) -> list[Vector]:
-        """:meth:`get_text_embedding_batch` without blocking the event loop."""
-        return await asyncio.to_thread(self.get_text_embedding_batch, texts, show_progress)
-
-    async def aget_query_embedding(self, query: str) -> Vector:
-        """:meth:`get_query_embedding` without blocking the event loop."""
-        return await asyncio.to_thread(self.get_query_embedding, query)
-
-    async def aget_agg_embedding_from_queries(
-        self, queries: Sequence[str], agg_fn: Callable[[list[Vector]], Vector] | None = None
-    ) -> Vector:
-        """:meth:`get_agg_embedding_from_queries` without blocking the event loop."""
-        return await asyncio.to_thread(self.get_agg_embedding_from_queries, queries, agg_fn)
-
-    async def aget_image_embedding(self, img_file_path: MediaSource) -> Vector:
-        """:meth:`get_image_embedding` without blocking the event loop."""
-        return await asyncio.to_thread(self.get_image_embedding, img_file_path)
-
-    async def aget_image_embedding_batch(
-        self, img_file_paths: Sequence[MediaSource], show_progress: bool = False
-    ) -> list[Vector]:
-        """:meth:`get_image_embedding_batch` without blocking the event loop."""
-        return await asyncio.to_thread(self.get_image_embedding_batch, img_file_paths)
+    aget_text_embedding = _threaded(get_text_embedding)
+    aget_text_embedding_batch = _threaded(get_text_embedding_batch)
+    aget_query_embedding = _threaded(get_query_embedding)
+    aget_agg_embedding_from_queries = _threaded(get_agg_embedding_from_queries)
+    aget_image_embedding = _threaded(get_image_embedding)
+    aget_image_embedding_batch = _threaded(get_image_embedding_batch)
 
     # -- their own classes ------------------------------------------------------------------
 
@@ -204,8 +178,7 @@ class UmeEmbeddings:
         return self._encode(items, **options)
 
     def _encode(self, items: Iterable[dict[str, Any]], **options: Any) -> list[Vector]:
-        with _lock_of(self.model):
-            vectors = encode(self.model, items, **{**self.encode_options, **options})
+        vectors = encode(self.model, items, **{**self.encode_options, **options})
         found: list[Vector] = vectors.tolist()
         return found
 
@@ -215,11 +188,6 @@ def _view(source: UmeEmbeddings, cls: type) -> Any:
     view: Any = object.__new__(cls)
     view.__dict__.update(source.__dict__)
     return view
-
-
-def _lock_of(model: PlumeForEmbedding) -> threading.Lock:
-    with _LOCKS_GUARD:
-        return _LOCKS.setdefault(model, threading.Lock())
 
 
 def _mean(vectors: list[Vector]) -> Vector:

@@ -4,59 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import BatchFeature
 
 from ume_models.backbone.checkpoint import write_json
-from ume_models.backbone.config import read_json
-from ume_models.backbone.tokenizer import load_tokenizer
+from ume_models.backbone.fields import read_json
+from ume_models.embedders.loading import open_checkpoint, resolve
 from ume_models.embedders.rows import PROCESSOR_INPUTS
-from ume_models.errors import ItemError
-from ume_models.interfaces.batches import pad
+from ume_models.interfaces.batches import prepare_batch
 from ume_models.interfaces.inputs import make_item
-from ume_models.interfaces.locate import checkpoint_folder
-from ume_models.processing import ImageConfig, Processor
+from ume_models.processing import Processor
 
+MODEL_TYPE = "ume_plume"
 _HUB = ("revision", "token", "cache_dir", "local_files_only")
 # What transformers passes along that has no meaning here.
 _IGNORED = (
-    "_commit_hash",
-    "_from_auto",
-    "_from_pipeline",
+    "adapter_kwargs",
+    "code_revision",
     "config",
+    "force_download",
+    "low_cpu_mem_usage",
+    "output_loading_info",
+    "proxies",
     "trust_remote_code",
     "use_fast",
+    "use_safetensors",
+    "weights_only",
 )
-_LIMITS = ("min_pixels", "max_pixels", "multi_image")
+# Options that stood beside the others in configurations before there were families.
+FLAT = ("mode", "latent_steps", "context", "top_k", "multi_image", "min_pixels", "max_pixels")
 _SILENT_CALL = ("add_special_tokens", "padding", "return_attention_mask")
 
 
+def local_folder(path_or_id: str | Path, given: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The folder that arguments of a ``from_pretrained`` mean, and which of them are left."""
+    given = {
+        name: value
+        for name, value in given.items()
+        if value is not None and name not in _IGNORED and not name.startswith("_")
+    }
+    inner = given.pop("subfolder", "")
+    hub = {name: given.pop(name) for name in _HUB if name in given}
+    return resolve(path_or_id, **hub) / inner, given
+
+
+def recorded_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ``ume_models.load`` that a configuration of ``save_for_auto`` holds."""
+    flat = {name: config[name] for name in FLAT if config.get(name) is not None}
+    return {**flat, **(config.get("options") or {})}
+
+
 class PlumeProcessor:
-    """Renders the official prompt around every input and makes one padded batch.
+    """Renders the profile's prompt around every input and makes one padded batch.
 
     Whatever it does not define itself (``decode``, ``pad_token_id``, …) is the tokenizer's.
     Prompts are never cut: a longer one raises.
 
     Args:
-        tokenizer: the checkpoint's tokenizer.
-        images: image geometry and limits.
-        multi_image: see ``processing.Processor``.
+        processor: of the model.
         max_length: longest prompt in tokens.
     """
 
     padding_side = "left"
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        images: ImageConfig,
-        multi_image: Literal["all", "first"] | None = None,
-        max_length: int | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.processor = Processor(tokenizer, images, multi_image=multi_image)
+    def __init__(self, processor: Processor, max_length: int) -> None:
+        self.tokenizer = processor.tokenizer
+        self.processor = processor
         self.max_length = max_length
 
     @classmethod
@@ -68,30 +83,19 @@ class PlumeProcessor:
         Args:
             pretrained_model_name_or_path: folder or hub id.
             args: what transformers adds by itself.
-            kwargs: ``min_pixels``, ``max_pixels``, ``multi_image``; hub options.
+            kwargs: options of ``ume_models.load``; hub options.
 
         Raises:
             CheckpointError: a file is missing or does not fit.
-            ValueError: an option does not exist.
+            TypeError, ValueError: an option does not exist, or is out of range.
         """
-        hub = {name: kwargs.pop(name, None) for name in _HUB}
-        for name in _IGNORED:
-            kwargs.pop(name, None)
-        inner = kwargs.pop("subfolder", None) or ""
-        unknown = sorted(name for name in kwargs if name not in _LIMITS and name[0] != "_")
-        if unknown:
-            raise ValueError(f"{', '.join(unknown)}: unknown; known are {', '.join(_LIMITS)}")
-        folder = checkpoint_folder(pretrained_model_name_or_path, inner, **hub)
+        folder, options = local_folder(pretrained_model_name_or_path, kwargs)
         config = read_json(folder / "config.json")
-        chosen = {name: config[name] for name in _LIMITS if config.get(name) is not None}
-        chosen.update({name: kwargs[name] for name in _LIMITS if kwargs.get(name) is not None})
-        files = folder / str(config.get("checkpoint") or "")
-        images = ImageConfig.from_checkpoint(
-            files, chosen.get("min_pixels"), chosen.get("max_pixels")
-        )
-        text = config.get("text_config") or {}
-        limit = config.get("max_position_embeddings", text.get("max_position_embeddings"))
-        return cls(load_tokenizer(files), images, chosen.get("multi_image"), limit)
+        if config.get("model_type") == MODEL_TYPE:
+            folder = folder / config.get("checkpoint", "")
+            options = {**recorded_options(config), **options}
+        found = open_checkpoint(folder, **options)
+        return cls(found.processor, found.config.max_position_embeddings)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> tuple[str, ...]:
         """Write the names of this class; ``PlumeModel.save_pretrained`` writes everything else."""
@@ -118,7 +122,7 @@ class PlumeProcessor:
             images: an image, or a list with one per row (or None, or a list of several).
             videos: a list of frames, or a list with one such list (or None) per row.
             instruction: precedes the text of every row, with one space between.
-            items: instead of the three: dictionaries as ``PlumeForEmbedding.encode`` takes.
+            items: instead of the three: dictionaries as ``Embedder.encode`` takes.
             return_tensors: only ``"pt"``.
             truncation: must not be asked for.
             kwargs: ``padding``, ``add_special_tokens`` and ``return_attention_mask`` are taken and
@@ -140,15 +144,7 @@ class PlumeProcessor:
         if not rows:
             raise ValueError("the batch is empty")
         made = [make_item(_instructed(row, instruction), index) for index, row in enumerate(rows)]
-        plans = self.processor.plan(made)
-        for plan in plans:
-            if self.max_length is not None and plan.num_tokens > self.max_length:
-                raise ItemError(
-                    f"the prompt has {plan.num_tokens} tokens, but the model holds "
-                    f"{self.max_length}; shorten the text, send fewer frames or lower max_pixels",
-                    plan.index,
-                )
-        return BatchFeature(pad([self.processor.load(plan) for plan in plans], self.tokenizer))
+        return BatchFeature(prepare_batch(self.processor, made, self.max_length))
 
     @property
     def model_input_names(self) -> list[str]:
@@ -168,8 +164,8 @@ class PlumeProcessor:
 class PlumeTokenizer(PlumeProcessor):
     """The processor for texts alone, in a tokenizer's place, as pipelines need it.
 
-    Batches have ``blank_images`` instead of pixels: texts stand behind a constant white image, and
-    transformers' pipelines cannot batch pixels that a tokenizer makes.
+    Where texts stand behind a constant white image, batches have ``blank_images`` instead of
+    pixels: transformers' pipelines cannot batch pixels that a tokenizer makes.
     """
 
     def __call__(self, text: str | Sequence[str], **kwargs: Any) -> BatchFeature:  # type: ignore[override]
@@ -180,15 +176,14 @@ class PlumeTokenizer(PlumeProcessor):
             ValueError: an option is not supported.
         """
         batch = super().__call__(text, **kwargs)
-        for name in ("pixel_values", "image_grid_thw"):
-            del batch[name]
-        batch["blank_images"] = torch.ones(batch["input_ids"].shape[0], dtype=torch.int64)
-        return batch
+        batch["blank_images"] = torch.ones(len(batch["input_ids"]), dtype=torch.int64)
+        return BatchFeature({name: batch[name] for name in self.model_input_names})
 
     @property
     def model_input_names(self) -> list[str]:
         """Names of the inputs this makes."""
-        return ["input_ids", "attention_mask", "blank_images"]
+        blank = self.processor.template.blank_image
+        return ["input_ids", "attention_mask", *["blank_images"] * blank]
 
 
 def write_class_names(target: Path) -> tuple[str, ...]:
