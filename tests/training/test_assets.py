@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from tests.support.bundled.heldout import build_heldout
+from tests.support.bundled.heldout_files import write_heldout
+from tests.support.bundled.network import PlumeNetwork
 from ume_models.assets import heldout, tiny_checkpoint
 from ume_models.backbone.config import read_config
 from ume_models.errors import UmeError
 from ume_models.processing.items import parse_item
-from ume_models.training.heldout import build_heldout
-from ume_models.training.heldout_files import write_heldout
-from ume_models.training.network import PlumeNetwork
 
 
 def test_checkpoint_has_the_official_keys_and_shapes() -> None:
@@ -104,5 +104,5 @@ def test_written_items_carry_the_drawn_pictures(tmp_path: Path) -> None:
 
 
 def test_missing_items_say_how_to_make_them(tmp_path: Path) -> None:
-    with pytest.raises(UmeError, match=r"heldout\.json.*python -m ume_models\.training"):
+    with pytest.raises(UmeError, match=r"heldout\.json.*python -m tests"):
         heldout(tmp_path)

@@ -7,8 +7,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from ume_models.training.families import FAMILIES, Family
-from ume_models.training.families.digits import digit_images, digit_indices
+from tests.support.bundled.families import FAMILIES, Family
+from tests.support.bundled.families.digits import digit_images, digit_indices
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
@@ -77,7 +77,7 @@ def test_held_out_digits_are_other_pictures() -> None:
 
 
 def test_numbers_are_drawn_from_the_asked_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ume_models.training.families import digits
+    from tests.support.bundled.families import digits
 
     asked: list[bool] = []
     original = digits.digit_indices

@@ -9,16 +9,17 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from tests.support.bundled.checkpoint import architecture, save_checkpoint
+from tests.support.bundled.data import Encoder
+from tests.support.bundled.evaluate import encode_entries
+from tests.support.bundled.heldout import build_heldout
+from tests.support.bundled.heldout_files import write_heldout
+from tests.support.bundled.network import PlumeNetwork
+from tests.support.bundled.tokens import train_tokenizer
 from ume_models.assets import heldout
 from ume_models.backbone.config import parse_config
+from ume_models.embedders.plume_prompt import PROFILES
 from ume_models.processing import ImageConfig, Processor
-from ume_models.training.checkpoint import architecture, save_checkpoint
-from ume_models.training.data import Encoder
-from ume_models.training.evaluate import encode_entries
-from ume_models.training.heldout import build_heldout
-from ume_models.training.heldout_files import write_heldout
-from ume_models.training.network import PlumeNetwork
-from ume_models.training.tokens import train_tokenizer
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -40,9 +41,11 @@ def test_inputs_equal_the_processors(
     tmp_path: Path, tokenizer: Tokenizer, checkpoint: Path
 ) -> None:
     encoder = Encoder(tokenizer, parse_config(architecture(tokenizer)))
-    processor = Processor(
-        AutoTokenizer.from_pretrained(checkpoint), ImageConfig.from_checkpoint(checkpoint)
-    )
+    theirs = AutoTokenizer.from_pretrained(checkpoint)
+    images = ImageConfig.from_checkpoint(checkpoint)
+    profile = PROFILES["before-profiles"]
+    rules = profile.rules.for_checkpoint(images)
+    processor = Processor(theirs, profile.template(theirs), images, rules)
     prefix = tokenizer.encode("<think><bot>", add_special_tokens=False).ids
     drawn = build_heldout(seed=3, queries=2, candidates=2)
     write_heldout(drawn, tmp_path)

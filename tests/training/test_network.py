@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from tests.support.bundled.data import Encoder, Side
+from tests.support.bundled.network import PlumeNetwork
+from tests.support.bundled.step import embed_side, prefill_side
 from ume_models.backbone.config import read_config
 from ume_models.backbone.mrope import mrope_position_ids
-from ume_models.training.data import Encoder, Side
-from ume_models.training.network import PlumeNetwork
-from ume_models.training.step import embed_side, prefill_side
 
 RECORDED = Path(__file__).parents[1] / "conformance" / "plume_tiny"
 CASES = json.loads((RECORDED / "cases.json").read_text())["cases"]

@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ume_models.training.families import FAMILIES
-from ume_models.training.heldout import build_heldout
-from ume_models.training.step import contrastive_loss
-from ume_models.training.tasks import TASKS
-from ume_models.training.tiny import (
+from tests.support.bundled.families import FAMILIES
+from tests.support.bundled.heldout import build_heldout
+from tests.support.bundled.step import contrastive_loss
+from tests.support.bundled.tasks import TASKS
+from tests.support.bundled.tiny import (
     TASK_WEIGHTS,
     Trained,
     TrainingConfig,
     average_gradients,
-    latent_steps_at,
+    num_latents_at,
     train,
 )
 
@@ -27,7 +27,7 @@ MICRO = TrainingConfig(
     steps=12,
     batch_size=12,
     workers=1,
-    latent_steps=2,
+    num_latents=2,
     mixed_every=0,
     pictures=24,
     families=("scene",),
@@ -67,7 +67,7 @@ def test_contrastive_loss_is_the_definition() -> None:
 
 def test_curriculum_ends_with_all_steps() -> None:
     rng = Random(0)
-    ks = [latent_steps_at(i / 1000, 8, rng) for i in range(1000)]
+    ks = [num_latents_at(i / 1000, 8, rng) for i in range(1000)]
     assert ks[0] is None and ks[700] is not None
     late = ks[800:]
     assert late.count(8) > 0.8 * len(late) and min(k for k in late if k is not None) < 4

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from ume_models.processing.prompt import GENERATION_PROMPT, PREFIX
-from ume_models.training import tokens
+from tests.support.bundled import tokens
+from ume_models.embedders.plume_prompt import GENERATION_PROMPT, PREFIX
 
 
 def test_the_training_prompt_is_what_the_chat_template_renders(tmp_path: Path) -> None:

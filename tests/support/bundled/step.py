@@ -58,30 +58,30 @@ def prefill_side(network: PlumeNetwork, side: Side, anchor_only: bool) -> Prefil
 
 
 def embed_side(
-    network: PlumeNetwork, encoder: Encoder, side: Side, latent_steps: int | None
+    network: PlumeNetwork, encoder: Encoder, side: Side, num_latents: int | None
 ) -> Embedded:
-    """Prefix, ``latent_steps`` transitions, suffix: the whole generative path for a batch.
+    """Prefix, ``num_latents`` transitions, suffix: the whole generative path for a batch.
 
     Latent step k feeds ``moe_transition(z, k, <disc_emb> state)`` at the row's own cache length
     on all three axes; the last one goes through the backbone together with the suffix.
-    ``latent_steps=None`` stops at ``<disc_emb>``.
+    ``num_latents=None`` stops at ``<disc_emb>``.
     """
-    state = prefill_side(network, side, anchor_only=latent_steps is None)
+    state = prefill_side(network, side, anchor_only=num_latents is None)
     disc = state.taps[:, 0]
-    if latent_steps is None:
+    if num_latents is None:
         return Embedded(disc)
     first = z = state.taps[:, 1]
     chunk = network.embed(encoder.suffix).expand(len(z), -1, -1)
     balance = z.new_zeros(())
-    for k in range(latent_steps):
+    for k in range(num_latents):
         z, aux = network.latent_moe_transition(z, k, disc)
-        balance = balance + aux["balance_loss"] / latent_steps
-        if k < latent_steps - 1:
+        balance = balance + aux["balance_loss"] / num_latents
+        if k < num_latents - 1:
             z = network.extend(z[:, None], state, k)[:, 0]
-    if latent_steps:
+    if num_latents:
         chunk = torch.cat([z[:, None], chunk], dim=1)
-    hidden = network.extend(chunk, state, max(latent_steps - 1, 0))
-    if not latent_steps:
+    hidden = network.extend(chunk, state, max(num_latents - 1, 0))
+    if not num_latents:
         hidden = torch.cat([first[:, None], hidden], dim=1)
     return Embedded(disc, hidden[:, -1], balance, network.logits(hidden))
 
@@ -133,7 +133,7 @@ def training_loss(
     heads: AttributeHeads,
     encoder: Encoder,
     groups: Sequence[Group],
-    latent_steps: int | None,
+    num_latents: int | None,
     scale: float,
     weights: LossWeights,
 ) -> tuple[torch.Tensor, dict[str, float]]:
@@ -141,7 +141,7 @@ def training_loss(
 
     Returns:
         ``(loss, terms)`` with the detached value of every term; only the anchor's terms where
-        ``latent_steps`` is None.
+        ``num_latents`` is None.
     """
     sides: list[list[Embedded]] = [[], []]
     terms: dict[str, torch.Tensor] = {}
@@ -152,7 +152,7 @@ def training_loss(
     share = 0.5 / len(groups)
     for group in groups:
         for which, side in enumerate((group.queries, group.targets)):
-            out = embed_side(network, encoder, side, latent_steps)
+            out = embed_side(network, encoder, side, num_latents)
             sides[which].append(out)
             read = [out.disc] if out.gen is None else [out.disc, out.gen]
             for hidden in read:
@@ -164,7 +164,7 @@ def training_loss(
                 logits = out.suffix_logits.flatten(0, 1)
                 add("suffix", share * F.cross_entropy(logits, labels.flatten()))
     keys = [key for group in groups for key in group.keys]
-    for name in ("disc",) if latent_steps is None else ("disc", "gen"):
+    for name in ("disc",) if num_latents is None else ("disc", "gen"):
         rows = [torch.cat([getattr(out, name) for out in side]) for side in sides]
         add(name, contrastive_loss(rows[0], rows[1], keys, scale))
     factors = {"gen": 1.0, **vars(weights)}

@@ -28,7 +28,7 @@ def rank(
     network: PlumeNetwork,
     encoder: Encoder,
     heldout: HeldOutTask,
-    latent_steps: int | None,
+    num_latents: int | None,
     mode: str = "gen",
 ) -> tuple[dict[str, float], int]:
     """Metrics of one task, and how many inputs would not stop after ``<gen_emb>``.
@@ -38,13 +38,13 @@ def rank(
     """
     task = heldout.task
     sides: list[Embedded] = [
-        embed_side(network, encoder, encode_entries(encoder, instruction, entries), latent_steps)
+        embed_side(network, encoder, encode_entries(encoder, instruction, entries), num_latents)
         for instruction, entries in (
             (task.query_instruction, heldout.queries),
             (task.target_instruction, heldout.candidates),
         )
     ]
-    mode = "disc" if latent_steps is None else mode
+    mode = "disc" if num_latents is None else mode
     queries, candidates = (F.normalize(getattr(side, mode), dim=-1) for side in sides)
     order = (queries @ candidates.T).argsort(dim=1, descending=True, stable=True)
     best = []
@@ -69,13 +69,13 @@ def rank(
 
 
 def evaluate(
-    network: PlumeNetwork, encoder: Encoder, sets: Sequence[HeldOutTask], latent_steps: int | None
+    network: PlumeNetwork, encoder: Encoder, sets: Sequence[HeldOutTask], num_latents: int | None
 ) -> dict[str, Any]:
     """Metrics of every task: ``{"tasks": {name: metrics}, "not_stopping": count, …}``."""
     network.eval()
     tasks, running = {}, 0
     for heldout in sets:
-        metrics, count = rank(network, encoder, heldout, latent_steps)
+        metrics, count = rank(network, encoder, heldout, num_latents)
         running += count
         tasks[heldout.task.name] = {
             "kind": heldout.task.kind,
@@ -85,4 +85,4 @@ def evaluate(
         name: round(float(np.mean([task[name] for task in tasks.values()])), 4)
         for name in ("hit@1", "hit@5", "mrr")
     }
-    return {"latent_steps": latent_steps, "mean": mean, "tasks": tasks, "not_stopping": running}
+    return {"num_latents": num_latents, "mean": mean, "tasks": tasks, "not_stopping": running}

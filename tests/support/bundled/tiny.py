@@ -1,6 +1,6 @@
 """Train the small PLUME checkpoint that ships with the package.
 
-    python -m ume_models.training.tiny -o DIR
+    python -m tests.support.bundled.tiny -o DIR
 
 Everything it learns from is made on the spot (shapes, charts, pages, clips) or bundled with
 scikit-learn (handwritten digits). Two CPU cores need about half an hour.
@@ -58,7 +58,7 @@ class TrainingConfig:
             they wait for each other once a step, threads would in every operation.
         mixed_every: every so many steps the batch holds four tasks instead of one, so that
             pictures of different families stay apart too.
-        latent_steps: K at the end of the curriculum.
+        num_latents: K at the end of the curriculum.
         peak_lr: learning rate after the warm-up; cosine to 2 % of it.
         pictures: pictures rendered per family and worker.
         seed: everything random follows from it.
@@ -70,7 +70,7 @@ class TrainingConfig:
     batch_size: int = 96
     workers: int = 2
     mixed_every: int = 5
-    latent_steps: int = 8
+    num_latents: int = 8
     peak_lr: float = 2e-3
     pictures: int = 5000
     seed: int = 0
@@ -99,7 +99,7 @@ def initialise(network: PlumeNetwork, seed: int) -> None:
             parameter.normal_(0.0, std, generator=generator)
 
 
-def latent_steps_at(progress: float, final: int, rng: Random) -> int | None:
+def num_latents_at(progress: float, final: int, rng: Random) -> int | None:
     """Curriculum: the anchor alone (None), then K grows from 0 to ``final``.
 
     Seeing and reading is learned at the anchor, at a third of a full step's cost. At the end
@@ -203,13 +203,13 @@ def train(
     losses: list[float] = []
     for step in range(config.steps):
         progress = step / config.steps
-        latent_steps = latent_steps_at(progress, config.latent_steps, shared_rng)
+        num_latents = num_latents_at(progress, config.num_latents, shared_rng)
         scale = 50.0 * min(1.0, 0.4 + 1.5 * progress)
         weights = LossWeights(attributes=0.1 + 0.9 * max(0.0, 1 - 1.4 * progress))
         drawn = _draw_tasks(step, tasks, config, rng)
         groups = [sampler.group(task, config.batch_size // len(drawn)) for task in drawn]
         network.train()
-        loss, terms = training_loss(network, heads, encoder, groups, latent_steps, scale, weights)
+        loss, terms = training_loss(network, heads, encoder, groups, num_latents, scale, weights)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.zero_grad(set_to_none=True)
@@ -224,7 +224,7 @@ def train(
             shown = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
             names = "+".join(task.name for task in drawn)
             print(
-                f"{time.perf_counter() - started:6.0f} s  step {step + 1:5d}  K {latent_steps}  "
+                f"{time.perf_counter() - started:6.0f} s  step {step + 1:5d}  K {num_latents}  "
                 f"loss {losses[-1]:.3f}  {shown}  {names}",
                 flush=True,
             )
@@ -232,7 +232,7 @@ def train(
             if output is not None:
                 save_checkpoint(network, model_config, tokenizer, output)
             if sets:
-                _print_metrics(step + 1, evaluate(network, encoder, sets, latent_steps))
+                _print_metrics(step + 1, evaluate(network, encoder, sets, num_latents))
     if output is not None and rank == 0:
         save_checkpoint(network, model_config, tokenizer, output)
     network.eval()
@@ -242,7 +242,7 @@ def train(
 def _print_metrics(step: int, result: dict[str, Any]) -> None:
     cells = [f"{name} {task['hit@1']:.2f}" for name, task in result["tasks"].items()]
     print(
-        f"held out, step {step}, K {result['latent_steps']}: mean hit@1 "
+        f"held out, step {step}, K {result['num_latents']}: mean hit@1 "
         f"{result['mean']['hit@1']:.3f} mrr {result['mean']['mrr']:.3f} | {' '.join(cells)} | "
         f"not stopping {result['not_stopping']}",
         flush=True,
@@ -254,19 +254,19 @@ def full_evaluation(
 ) -> dict[str, Any]:
     """``evaluation.json``: held-out metrics, and what fewer latent steps or none would give."""
     network, encoder = trained.network, trained.encoder
-    result = evaluate(network, encoder, sets, config.latent_steps)
+    result = evaluate(network, encoder, sets, config.num_latents)
     by_steps = {
         str(k): evaluate(network, encoder, sets, k)["mean"]["hit@1"] for k in (0, 1, 2, 4, 6, 8)
     }
-    disc = [rank(network, encoder, s, config.latent_steps, "disc")[0]["hit@1"] for s in sets]
+    disc = [rank(network, encoder, s, config.num_latents, "disc")[0]["hit@1"] for s in sets]
     return {
         "about": (
             "Held-out retrieval of the bundled checkpoint: combinations and digits never seen in "
             "training, every query has one relevant candidate. Written by "
-            "ume_models.training.tiny."
+            "tests.support.bundled.tiny."
         ),
         **result,
-        "hit@1_by_latent_steps": by_steps,
+        "hit@1_by_num_latents": by_steps,
         "hit@1_disc": round(sum(disc) / len(disc), 4),
         "training": {
             "steps": config.steps,
@@ -312,7 +312,7 @@ def _work(rank: int, config: TrainingConfig, output: Path, store: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(
-        prog="python -m ume_models.training.tiny", description="Train the bundled checkpoint."
+        prog="python -m tests.support.bundled.tiny", description="Train the bundled checkpoint."
     )
     defaults = TrainingConfig()
     parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint directory")

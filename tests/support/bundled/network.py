@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ume_kernels import DecoderLayerWeights, MoETransition
-from ume_kernels.decode.reference import apply_rope, mlp, project_qkv, rms_norm
+from ume_kernels.decode.reference import mlp, project_qkv
+from ume_kernels.prefill.reference import apply_rope, rms_norm_reference
 from ume_models.backbone.config import BackboneConfig
 from ume_models.backbone.mrope import mrope_cos_sin
 from ume_models.backbone.text import TextModel
@@ -93,7 +94,7 @@ class PlumeNetwork(nn.Module):
     ) -> tuple[torch.Tensor, LayerCache]:
         """Rotated queries ``[B, H, S, d]``, and rotated keys with values."""
         shape = self.model.shape
-        normed = rms_norm(x, layer.input_norm, shape.rms_eps)
+        normed = rms_norm_reference(x, layer.input_norm, shape.rms_eps)
         query, key, value = (t.transpose(1, 2) for t in project_qkv(normed, layer, shape))
         return apply_rope(query, *rope), (apply_rope(key, *rope), value)
 

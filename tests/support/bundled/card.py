@@ -13,11 +13,11 @@ The default of `ume_models.load()`: a Qwen2-VL-shaped model of {parameters:.1f} 
 with the PLUME tokens and the latent transition adapter (4 experts, top-2, one shared), trained from
 scratch in this repository by
 
-    python -m ume_models.training.tiny -o DIR
+    python -m tests.support.bundled.tiny -o DIR
 
 ({steps} steps of {workers} × {batch_size} pairs, seed {seed}, {minutes:.0f} minutes on {workers} \
 CPU threads). Inputs run
-through the whole generative path: official prompt, `<think><bot>`, {latent_steps} latent steps with
+through the whole generative path: official prompt, `<think><bot>`, {num_latents} latent steps with
 the `<disc_emb>` context, `<eot></think>\\n<gen_emb>`.
 
 ## What it is
@@ -67,12 +67,12 @@ def model_card(evaluation: dict[str, Any], vocabulary: int) -> str:
         f"{task['hit@5']:.1%} | {task['mrr']:.3f} | {task['chance_hit@1']:.1%} |"
         for name, task in tasks.items()
     ]
-    steps = evaluation["hit@1_by_latent_steps"]
+    steps = evaluation["hit@1_by_num_latents"]
     training, mean = evaluation["training"], evaluation["mean"]
     return _TEMPLATE.format(
         **{key: training[key] for key in ("steps", "workers", "batch_size", "seed", "minutes")},
         parameters=training["parameters"] / 1e6,
-        latent_steps=evaluation["latent_steps"],
+        num_latents=evaluation["num_latents"],
         vocabulary=vocabulary,
         rows="\n".join(rows),
         mean_hit1=mean["hit@1"],

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from ume_models.backbone.config import BackboneConfig
 from ume_models.backbone.mrope import mrope_position_ids
-from ume_models.processing.prompt import SUFFIX
+from ume_models.embedders.plume_prompt import SUFFIX
 
 from .families import FAMILIES, Family, Spec
 from .tasks import Task

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ume_models.backbone.checkpoint import write_json, write_state
-from ume_models.embedders.library_files import write_library_files
+from ume_models.embedders.library_files import write_identity, write_library_files
 
 from .data import IMAGE_MEAN, IMAGE_STD
 from .network import PlumeNetwork
@@ -115,4 +115,6 @@ def save_checkpoint(
         },
     )
     save_tokenizer(tokenizer, directory)
+    # the clips it was trained on are resized frame by frame
+    write_identity(directory, "plume", "official-qwen-vl-utils-0.0.11")
     write_library_files(directory)

@@ -13,7 +13,8 @@ from random import Random
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ume_models.processing.prompt import GENERATION_PROMPT, PREFIX, join_text
+from ume_models.embedders.plume_prompt import GENERATION_PROMPT, PREFIX
+from ume_models.processing.template import join_text
 
 from .families import FAMILIES
 from .tasks import TASKS

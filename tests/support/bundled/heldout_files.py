@@ -1,6 +1,6 @@
 """Write held-out sets as files: PNG pictures and one manifest of ``model.encode`` items.
 
-python -m ume_models.training.heldout_files -o DIR
+python -m tests.support.bundled.heldout_files -o DIR
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _write_item(entry: Entry, instruction: str, directory: Path) -> dict[str, An
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(
-        prog="python -m ume_models.training.heldout_files",
+        prog="python -m tests.support.bundled.heldout_files",
         description="Write the held-out items that ship with the package.",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory to write")
