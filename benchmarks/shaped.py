@@ -8,6 +8,7 @@ the counts of the published tokenizer on English text.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ume_kernels import MoETransition
 from ume_models.backbone.config import parse_config
-from ume_models.backbone.tokenizer import TokenIds
-from ume_models.embedders.plume import PlumeForEmbedding, PlumeSettings
-from ume_models.processing import GENERATION_PROMPT, PREFIX, SUFFIX, ImageConfig, Processor
+from ume_models.embedders.base import EngineName
+from ume_models.embedders.plume import PlumeForEmbedding, PlumeOptions
+from ume_models.embedders.plume_prompt import GENERATION_PROMPT, PREFIX, SUFFIX
+from ume_models.processing import ImageConfig, Processor
 
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -161,25 +163,22 @@ def shaped_model(
         raw["vision_config"] = {**raw["vision_config"], "depth": layers}
     config = parse_config(raw)
     with torch.device("meta"):
-        model = PlumeForEmbedding(
-            config, MoETransition(config.hidden_size), config.vocab_size, tied=True
-        ).to(dtype)
+        adapter = MoETransition(config.hidden_size)
+        model = PlumeForEmbedding(config, adapter, tied=True).to(dtype)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     _fill(model, seed=0)
     assert model.latent_moe_transition is not None
     model.latent_moe_transition._router_exclude_mask.zero_()
-    model.latent_moe_transition.pack_experts()  # as ``load`` does
-    processor = Processor(tokenizer, ImageConfig(), multi_image="all")
-    tokens = TokenIds(
-        vocabulary["<gen_emb>"], vocabulary["<disc_emb>"], frozenset({vocabulary["<|im_end|>"]})
-    )
-    model.attach(tokenizer, processor, tokens, PlumeSettings(), ())
+    profile = PlumeForEmbedding.profiles["official"]
+    rules = replace(profile.rules, multi_image="all")
+    processor = Processor(tokenizer, profile.template(tokenizer), ImageConfig(), rules)
+    model.attach(tokenizer, processor, profile, PlumeOptions())
     return model
 
 
-def with_engine(model: PlumeForEmbedding, engine: str) -> PlumeForEmbedding:
+def with_engine(model: PlumeForEmbedding, engine: EngineName) -> PlumeForEmbedding:
     """The same model, weights shared, running on the other engine."""
-    model.settings = PlumeSettings(engine=engine)  # type: ignore[arg-type]
+    model.engine = engine
     return model
 
 

@@ -71,8 +71,8 @@ def runs(model: PlumeForEmbedding) -> dict[str, Run]:
             assert item.pixel_values is not None
             yield item.input_ids, item.pixel_values
 
-    official = TransformersPreprocessing(model.tokenizer, processor.config, encode_anew=True)
-    plain = TransformersPreprocessing(model.tokenizer, processor.config, encode_anew=False)
+    official = TransformersPreprocessing(processor, encode_anew=True)
+    plain = TransformersPreprocessing(processor, encode_anew=False)
     every: tuple[Run, ...] = (
         ours,
         lambda items: official.run(items, 0),

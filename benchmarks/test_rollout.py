@@ -23,7 +23,8 @@ from benchmarks.rivals.official_loop import OfficialRollout
 from benchmarks.rivals.static_cache import StaticCacheRollout
 from benchmarks.scale import STEPS, scale
 from ume_models.embedders.plume import PlumeForEmbedding
-from ume_models.rollout.latent import LatentPlan
+from ume_models.rollout.engine import Prefilled
+from ume_models.rollout.latent import Latent, LatentPlan
 
 SIZE = scale()
 ENGINES = ("fast engine", "official loop", "static buffers")
@@ -65,7 +66,9 @@ def ours(model: PlumeForEmbedding, plan: LatentPlan, rows: int) -> Callable[[], 
     cache = engine.arena.begin(lengths, plan.steps + len(plan.suffix_ids))
     cache[..., : SIZE.prefix, :].normal_()
     z, layers = states(model, rows), model.model.layer_weights()
-    return lambda: engine._roll(z, z, lengths, cache, plan, layers, False)[0]
+    policy = Latent(plan, model.latent_moe_transition)
+    prefilled = Prefilled(engine, layers, lengths, cache, (z, z))
+    return lambda: policy.follow(prefilled, False)[0]
 
 
 def static(model: PlumeForEmbedding, plan: LatentPlan, rows: int) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""One latent training step, forward and backward, of ``ume_models.training``.
+"""One latent training step, forward and backward, of ``tests.support.bundled``.
 
     pytest benchmarks/test_training.py --benchmark-only --benchmark-json=out.json
 
@@ -21,26 +21,26 @@ import torch.nn.functional as F
 from benchmarks.record import record
 from benchmarks.scale import scale
 from benchmarks.similarity_engines import SCALE, materialised
+from tests.support.bundled.checkpoint import architecture
+from tests.support.bundled.data import Encoder, Group, Sampler, Side
+from tests.support.bundled.network import PlumeNetwork
+from tests.support.bundled.step import Embedded, contrastive_loss, embed_side
+from tests.support.bundled.tasks import TASKS
+from tests.support.bundled.tiny import initialise
+from tests.support.bundled.tokens import train_tokenizer
 from ume_models.backbone.config import parse_config
-from ume_models.training.checkpoint import architecture
-from ume_models.training.data import Encoder, Group, Sampler, Side
-from ume_models.training.network import PlumeNetwork
-from ume_models.training.step import Embedded, contrastive_loss, embed_side
-from ume_models.training.tasks import TASKS
-from ume_models.training.tiny import initialise
-from ume_models.training.tokens import train_tokenizer
 
 SIZE = scale()
 STEPS = 2 if SIZE.tiny else 8
 KINDS = {"scene_t2i": "text → image", "page_t2p": "text → page"}
 ENGINES = {
-    "ume_models.training": "ours",
+    "tests.support.bundled": "ours",
     "one sample at a time": "reference",
     "batched, nothing shared": "rival",
 }
 
 pytestmark = pytest.mark.skipif(
-    SIZE.device.type == "cuda", reason="ume_models.training trains small models, on a CPU"
+    SIZE.device.type == "cuda", reason="tests.support.bundled trains small models, on a CPU"
 )
 
 
@@ -104,7 +104,7 @@ def step(network: PlumeNetwork, encoder: Encoder, group: Group, engine: str) -> 
         balance = balance + out.balance
     for name in ("disc", "gen"):
         q, p = (getattr(out, name) for out in sides)
-        ours = engine == "ume_models.training"
+        ours = engine == "tests.support.bundled"
         total = total + (contrastive_loss(q, p, group.keys, SCALE) if ours else materialised(q, p))
     (total + 0.1 * balance).backward()
     return float(total.detach()), float(balance.detach())
@@ -125,5 +125,5 @@ def test_training_step(
         engine=engine, role=ENGINES[engine],  # type: ignore[arg-type]
         samples=SIZE.pairs, rounds=3, filled=False, loss=None,
     )  # fmt: skip
-    want = step(*network, group, "ume_models.training")
+    want = step(*network, group, "tests.support.bundled")
     assert found[0] == pytest.approx(want[0], rel=1e-4)

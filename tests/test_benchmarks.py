@@ -58,7 +58,7 @@ def test_the_official_preprocessing_gives_the_same_inputs(model, tmp_path, encod
     processor = model.processor
     [planned] = processor.plan([item])
     ours = processor.load(planned)
-    official = TransformersPreprocessing(model.tokenizer, processor.config, encode_anew)
+    official = TransformersPreprocessing(processor, encode_anew)
     ids, pixels = official(item)
     assert torch.equal(ids, ours.input_ids)
     assert torch.equal(pixels, ours.pixel_values)

@@ -27,7 +27,6 @@ from ume_kernels import MoETransition, tuning  # noqa: E402
 from ume_models.commands.bench.keeping import refuse_try  # noqa: E402
 from ume_models.commands.bench.reading import read_results  # noqa: E402
 from ume_models.commands.bench.tables import markdown, session_table  # noqa: E402
-from ume_models.embedders.plume import PlumeSettings  # noqa: E402
 from ume_models.errors import DataError  # noqa: E402
 
 
@@ -129,7 +128,7 @@ def test_the_official_style_adapter_computes_the_same(rows):
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_rivals_compute_the_same_rollout(model, rows):
-    model.settings = PlumeSettings(max_new_tokens=0)
+    model.options = model.options.replaced({"max_new_tokens": 0})
     model.refresh()
     plan, batch = plan_of(model, steps=3), prompts(model, rows, 14, seed=rows)
     before = prefill(model, batch, plan)

@@ -63,9 +63,8 @@ def _measure(
 
     prepared = _prepare(model, rounds[0])
     only = wall(lambda: model.embed_prepared(prepared), sizes.device, ROUNDS)
-    only_without = wall(
-        lambda: model.embed_prepared(prepared, latent_steps=0), sizes.device, ROUNDS
-    )
+    none = model.options.replaced({"latent_steps": 0})
+    only_without = wall(lambda: model.embed_prepared(prepared, none), sizes.device, ROUNDS)
 
     with_engine(model, "reference")
     one = make(1, seed=next(seed))

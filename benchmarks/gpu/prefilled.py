@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from ume_models.embedders.plume import PlumeForEmbedding
+from ume_models.rollout.engine import Prefilled as Rows
 from ume_models.rollout.graphs import GraphPool
-from ume_models.rollout.latent import LatentPlan
+from ume_models.rollout.latent import Latent, LatentPlan
 from ume_models.rollout.sequence import Sequence, build_sequence
 
 
@@ -55,12 +56,14 @@ def prefill(
     lengths, layers = [len(s) for s in batch], model.model.layer_weights()
     cache = engine.arena.begin(lengths, plan.steps + len(plan.suffix_ids))
     states = engine._prefill(batch, [None] * len(batch), cache, [[n - 1] for n in lengths])
+    policy = Latent(plan, model.latent_moe_transition)
+    rows = Rows(engine, layers, lengths, cache, (states, states))
     pool = engine.graphs if graphs else GraphPool(None)
 
     def roll() -> torch.Tensor:
         kept, engine.graphs = engine.graphs, pool
         try:
-            return engine._roll(states, states, lengths, cache, plan, layers, False)[0]
+            return policy.follow(rows, False)[0]
         finally:
             engine.graphs = kept
 

@@ -17,7 +17,8 @@ from benchmarks.gpu.prefilled import plan_of
 from benchmarks.rivals.static_cache import StaticCacheRollout
 from ume_models.embedders.plume import PlumeForEmbedding
 from ume_models.processing import PreparedItem
-from ume_models.rollout.latent import last_index, unit_norm
+from ume_models.rollout.engine import unit_norm
+from ume_models.rollout.latent import last_index
 from ume_models.rollout.sequence import Sequence as Prompt
 from ume_models.rollout.sequence import Visual, build_sequence
 

@@ -26,6 +26,7 @@ class OfficialRollout(ReferenceEngine):
         engine = model.reference
         self.__dict__.update(engine.__dict__)
         self._sequence, self._plan = sequence, plan
+        self._budget = model.options.max_new_tokens
         self._hidden, self._kept = engine._prefix(sequence)
         self.prepare()
 
@@ -38,4 +39,4 @@ class OfficialRollout(ReferenceEngine):
 
     def __call__(self) -> torch.Tensor:
         """The hidden state ``[D]`` of the embedding; needs ``prepare`` before every call."""
-        return self.run(self._sequence, self._plan)[0]
+        return self.run(self._sequence, self._plan, self._budget)[0]

@@ -17,8 +17,7 @@ import torch
 import transformers
 from PIL import Image
 
-from ume_models.processing import ImageConfig, prefetch
-from ume_models.processing.prompt import PromptTemplate
+from ume_models.processing import Processor, prefetch
 from ume_models.processing.resize import fetch_size
 
 Inputs = tuple[torch.Tensor, torch.Tensor]
@@ -29,34 +28,34 @@ class TransformersPreprocessing:
     """transformers' image processor and tokenizer on one image at a time.
 
     Args:
-        tokenizer: with its chat template.
-        config: limits of both resizes.
+        processor: whose tokenizer, prompts and limits of both resizes are used.
         encode_anew: the official detour through base64 JPEG.
     """
 
-    def __init__(self, tokenizer: Any, config: ImageConfig, encode_anew: bool) -> None:
+    def __init__(self, processor: Processor, encode_anew: bool) -> None:
         # torchvision's resize gives other pixels than the recorded outputs of the official code.
         name = "Qwen2VLImageProcessorPil"
         made = getattr(transformers, name, None) or transformers.Qwen2VLImageProcessor
-        self.processor = made(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-        self.tokenizer, self.config, self.encode_anew = tokenizer, config, encode_anew
-        self.template = PromptTemplate(tokenizer)
+        self.rules, self.factor = processor.rules, processor.config.factor
+        self.processor = made(min_pixels=self.rules.min_pixels, max_pixels=self.rules.max_pixels)
+        self.tokenizer, self.template = processor.tokenizer, processor.template
+        self.encode_anew = encode_anew
 
     def __call__(self, item: dict[str, Any]) -> Inputs:
         """Inputs of the model for an item of one image and a text."""
         if self.encode_anew:
             as_base64(item["image"])
-        c = self.config
-        assert c.fetch_min_pixels is not None
+        rules = self.rules
+        assert rules.fetch_min_pixels is not None
         with Image.open(item["image"]) as opened:
             image = opened.convert("RGB")
         height, width = fetch_size(
-            image.height, image.width, c.factor, c.fetch_min_pixels, c.fetch_max_pixels
+            image.height, image.width, self.factor, rules.fetch_min_pixels, rules.fetch_max_pixels
         )
         fetched = image.resize((width, height), Image.Resampling.BICUBIC)
         out = self.processor(images=[fetched], return_tensors="pt")
-        count = int(out["image_grid_thw"].prod()) // c.merge_size**2
-        text = self.template.render(("image",), item["text"])
+        count = int(out["image_grid_thw"].prod()) // self.processor.merge_size**2
+        text = str(self.template.render(("image",), "", item["text"]))
         text = text.replace("<|image_pad|>", "<|image_pad|>" * count)
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
         return ids, out["pixel_values"]

@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.gpu.prefilled import plan_of, prompts
 from benchmarks.shaped import image_items, shaped_model, text_items
-from ume_models.embedders.plume import PlumeForEmbedding, PlumeSettings
+from ume_models.embedders.plume import PlumeForEmbedding
 from ume_models.rollout.graphs import MAX_GRAPHS, GraphPool
+from ume_models.rollout.latent import Latent
 
 pytestmark = pytest.mark.gpu(dry=True)
 
@@ -41,7 +42,7 @@ def eagerly(model, batch, plan):
     """The rollout launch by launch."""
     kept, model.rollout.graphs = model.rollout.graphs, GraphPool(None)
     try:
-        return unit(model.rollout.run(batch, plan)[0])
+        return rolled(model, batch, plan)
     finally:
         model.rollout.graphs = kept
 
@@ -51,7 +52,11 @@ def unit(hidden):
 
 
 def rolled(model, batch, plan):
-    return unit(model.rollout.run(batch, plan)[0])
+    return unit(model.rollout.run(batch, policy(model, plan))[0])
+
+
+def policy(model, plan):
+    return Latent(plan, model.latent_moe_transition)
 
 
 @torch.no_grad()
@@ -64,7 +69,6 @@ def test_error_is_at_most_twice_the_official_paths(made, dry_run, kind):
     # the truth is float32 arithmetic on the very weights that were rounded
     kept = {k: v.clone() for k, v in exact.state_dict().items()}
     exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
-    exact.refresh()
     count = 3 if dry_run else 24
     items = [*text_items(count), *image_items(2 if dry_run else 8, 4 if dry_run else 64)]
     try:
@@ -74,13 +78,12 @@ def test_error_is_at_most_twice_the_official_paths(made, dry_run, kind):
             ("eager", "reference", model),
             ("fast", "fast", model),
         ):
-            chosen.settings = PlumeSettings(engine=engine, max_new_tokens=0)
-            found[name] = chosen.encode(items, progress=False)
-            chosen.settings = PlumeSettings()
+            chosen.engine = engine
+            found[name] = chosen.encode(items, progress=False, max_new_tokens=0)
+            chosen.engine = "fast"
     finally:
         exact.load_state_dict(kept)
-        exact.refresh()
-    errors = {k: float((v - found["truth"]).norm(dim=-1).sum()) for k, v in found.items()}
+        errors = {k: float((v - found["truth"]).norm(dim=-1).sum()) for k, v in found.items()}
     assert errors["eager"] > 1e-4, "nothing was rounded"
     assert errors["fast"] <= 2 * errors["eager"], errors
     cosine = (found["fast"] * found["truth"]).sum(-1)
@@ -124,9 +127,9 @@ def test_a_trace_is_replayed_too(model):
     plan = plan_of(model, 4)
     for seed in (1, 2):
         batch = prompts(model, 3, 20, seed)
-        _, trace = model.rollout.run(batch, plan, True)
+        _, trace = model.rollout.run(batch, policy(model, plan), True)
         kept, model.rollout.graphs = model.rollout.graphs, GraphPool(None)
-        _, want = model.rollout.run(batch, plan, True)
+        _, want = model.rollout.run(batch, policy(model, plan), True)
         model.rollout.graphs = kept
         torch.testing.assert_close(trace.latents, want.latents, rtol=1e-4, atol=1e-4)
 
@@ -204,11 +207,11 @@ def test_a_thousand_replays_leave_memory_as_it_is(made):
     plan = plan_of(model)
     batches = [prompts(model, rows, 20 + 13 * rows, rows) for rows in (1, 2, 3, 4)]
     for batch in batches * 10:
-        model.rollout.run(batch, plan)
+        rolled(model, batch, plan)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     for number in range(1000):
-        model.rollout.run(batches[number % len(batches)], plan)
+        rolled(model, batches[number % len(batches)], plan)
     torch.cuda.synchronize()
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
 
