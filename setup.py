@@ -152,13 +152,14 @@ def write_ninja(target: Path, objects: Path, nvcc: str | None) -> Path:
     openmp = openmp_flag(cxx)
     includes = [CSRC / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
     include_flags = " ".join(f'-I"{path}"' for path in includes)
+    sanitize = os.environ.get("UME_SANITIZE", "")
+    level = "-O1" if sanitize else "-O3"  # instrumented code takes minutes to compile at -O3
     # -ffp-contract=off: whether a*b+c is fused must not depend on how a loop was inlined, or one
     # result could differ between batch sizes. GCC 12 warns falsely about _mm512_undefined_ps.
     cxxflags = (
-        f"-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off {openmp} "
+        f"{level} -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off {openmp} "
         f'-Wall -Wextra -Wno-maybe-uninitialized -DUME_VERSION=\\"{version()}\\"'
     )
-    sanitize = os.environ.get("UME_SANITIZE", "")
     if sanitize:
         cxxflags += f" -g -fno-omit-frame-pointer -fsanitize={sanitize} -fno-sanitize-recover=all"
     if nvcc:

@@ -63,10 +63,11 @@ def main() -> int:
             ASAN_OPTIONS="detect_leaks=0:abort_on_error=1",
             UBSAN_OPTIONS="print_stacktrace=1",
             PYTHONPATH=scratch,
+            PYTHONSAFEPATH="1",  # else this folder's ume_kernels comes before it (CPython 3.11)
         )
         where = subprocess.run(
             [sys.executable, "-c", "import ume_kernels._C as c; print(c.__file__)"],
-            cwd=scratch,
+            cwd=ROOT,
             env=environment,
             capture_output=True,
             text=True,
