@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -58,6 +58,10 @@ def loop(
     return scores, indices
 
 
+# Drawing waits where other tests have the cores.
+unhurried = settings(suppress_health_check=[HealthCheck.too_slow])
+
+
 def same(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[Any, Any]) -> None:
     assert got[0].dtype == torch.float32
     assert got[1].dtype == torch.int64
@@ -66,6 +70,7 @@ def same(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[Any, Any]) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@unhurried
 @given(
     rows=st.integers(0, 9),
     candidates=st.integers(1, 700),
@@ -96,6 +101,7 @@ def test_small_integers_rank_exactly_as_numpy_with_many_ties(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@unhurried
 @given(
     rows=st.integers(1, 7),
     candidates=st.integers(1, 300),
