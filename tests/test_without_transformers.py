@@ -194,11 +194,10 @@ def test_every_operation_runs_with_torch_and_numpy_alone() -> None:
 
 def test_models_and_patching_name_what_is_missing(checkpoint_dir: Path) -> None:
     told = json.loads(run_alone(MODELS, all_but_torch_and_numpy(), str(checkpoint_dir)))
-    missing = "ModuleNotFoundError: No module named "
     # What is no model is told from one without any of them.
-    assert told.pop("accelerate").startswith((missing, "PatchError: Linear is not a model"))
+    assert re.search("No module named|Linear is not a model", told.pop("accelerate"))
     for error in told.values():
-        assert error.startswith(missing)
+        assert "No module named" in error
 
 
 @pytest.mark.skipif(not find_spec("tokenizers"), reason="the other packages are absent, too")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ume_models
+from ume_models.backbone.structure import Structure
 from ume_models.rollout.engine import Engine
 from ume_models.rollout.graphs import CaptureError, GraphPool, Recording
 
@@ -54,7 +55,9 @@ def make(eager):
 
     def build(recorder, layers=None, **limits):
         model = copy.deepcopy(eager)
-        model.model.layers = model.model.layers[:layers]
+        if layers is not None:
+            model.model.layers = model.model.layers[:layers]
+            model._structure = Structure(model)
         pool = GraphPool(recorder, **limits)
         model._rollout = Engine(model.config, model.model, model.visual, pool)
         return model, pool
