@@ -49,6 +49,19 @@ PROOFS: Mapping[str, Proof] = {
         ("ume_kernels", "tests/conftest.py", "tests/conformance/plume_tiny/ops.*"),
         (*PYTHON, "triton"),
     ),
+    "interpreted-rollout": Proof(
+        ("tests/embedders/test_conformance_triton.py",),
+        (
+            "ume_kernels",
+            "ume_models/rollout",
+            "ume_models/backbone",
+            "ume_models/embedders/base.py",
+            "ume_models/embedders/plume.py",
+            "tests/conftest.py",
+            "tests/conformance/plume_tiny",
+        ),
+        (*PYTHON, "triton", "transformers"),
+    ),
     "ahead-of-time": Proof(
         ("tests/kernels/test_aot.py",),
         ("ume_kernels", "tests/kernels/toy_kernels", "tests/conftest.py"),

@@ -52,45 +52,6 @@ def test_all_cases_as_one_ragged_batch(load_recorded, recorded, variant, side):
     assert worst(got, recorded, recorded.names, variant) <= TOLERANCE
 
 
-# Without a GPU the kernels run in Triton's interpreter, see tests/conftest.py. It takes
-# milliseconds per program: the prefill's kernels, with one per token, join for one short row.
-ROLLOUT = ("moe_transition", "decode")
-PREFILL = ("rms_norm", "rope_append", "silu_mul")
-
-
-@pytest.fixture
-def on_triton(monkeypatch):
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is for machines without a GPU; tests/gpu has this test")
-
-    def use(*operations):
-        monkeypatch.setenv("UME_BACKEND", ",".join(f"{op}:triton" for op in operations))
-
-    return use
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_triton_kernels_on_one_ragged_batch(load_recorded, recorded, variant, on_triton):
-    model = model_for(load_recorded, "fast", variant)
-    names = recorded.names[::4]  # three rows of different lengths
-    batch = recorded.batch(names, "left", pad_id=0)
-    on_triton(*ROLLOUT)
-    got = model.embed(**batch, **VARIANTS[variant])
-    assert worst(got, recorded, names, variant) <= TOLERANCE
-
-
-@pytest.mark.interpreted
-def test_triton_kernels_on_one_row(load_recorded, recorded, on_triton):
-    """The forms for one row, and the kernels of the prefill."""
-    model = load_recorded(engine="fast")
-    name = min(recorded.names, key=lambda n: recorded.tensors[f"{n}.input_ids"].numel())
-    on_triton(*ROLLOUT, *PREFILL)
-    got = model.embed(**recorded.inputs(name), **VARIANTS["disc_k8"])
-    assert worst(got, recorded, [name], "disc_k8") <= TOLERANCE
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_shuffled_batches(load_recorded, recorded, seed):
     names = list(recorded.names)
