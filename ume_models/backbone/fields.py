@@ -88,12 +88,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: the file is missing, is not JSON, is nested too deeply, or is no object.
+        CheckpointError: the file is missing, a pipe or a device, is not JSON, is nested too deeply, or is no object.
     """
+    if not path.is_file():  # a pipe, say, would be waited for
+        found = "not a regular file; save it as one" if path.exists() else "file not found"
+        raise CheckpointError(f"{path}: {found}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: file not found") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); {_AGAIN}") from None
     if not isinstance(content, dict):
