@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from ume_models.atomic import replacing, write_atomically
 from ume_models.errors import ErrorKind, StoreError
+from ume_models.json_files import parse
 
 _FORMAT = "ume-index"
 _FORMAT_VERSION = 1
@@ -161,14 +162,14 @@ class EmbeddingTable:
                 "`ume embed` wrote is read by `ume search` and by ume_models.store.EmbeddingStore"
             )
         try:
-            value = json.loads(path.read_bytes())
+            value = parse(path.read_bytes())
             if value["format"] != _FORMAT or value["format_version"] != _FORMAT_VERSION:
                 raise ValueError("unknown format")
             found, settings, ids = value["type"], dict(value["settings"]), listed(value["ids"])
             read = _mapped_tensor if mapped else _read_tensor
             # what `save` wrote was accepted once
             table = cls(read(path.with_suffix(".safetensors")), ids, mapped, "keep")
-        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StoreError(f"{directory} is not a readable index: {error}") from error
         if found != kind:
             raise StoreError(
