@@ -276,8 +276,10 @@ def _as_seen(image: Image.Image, orientation: int) -> Image.Image:
     if _is_deep(image):
         values = np.asarray(image)
         if image.mode == "F":
-            low, high = values.min(), values.max()
-            values = (values - low) * (65535 / max(high - low, np.finfo(np.float32).tiny))
+            finite = values[np.isfinite(values)].astype(np.float64)
+            low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+            values = (np.nan_to_num(values, nan=low).clip(low, high) - low) / (high - low or 1)
+            values = values * 65535
         image = Image.fromarray((values.clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
     if orientation in _TURNS:
         image = image.transpose(_TURNS[orientation])
