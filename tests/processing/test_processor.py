@@ -309,8 +309,7 @@ def test_what_a_viewer_shows_otherwise_is_named_once_per_kind(make_processor: An
     items = [{"image": deep(0), "id": "x"}, {"image": deep(1)}, {"image": turned.getvalue()}]
     processor = make_processor()
     with pytest.warns(UserWarning, match="as_seen") as told:
-        processor.plan(items)
-        processor.plan(items)
+        processor.plan(items * 2)
     assert [str(found.message).split(":")[0] for found in told] == [
         "item 0 (id 'x')",
         "item 2 (id '2')",

@@ -59,7 +59,7 @@ class EmbeddingTable:
         if self.duplicates == "refuse" and -1 in self._row_of.values():
             name = next(name for name, row in self._row_of.items() if row < 0)
             raise ValueError(
-                f"the id {name!r} stands for several rows: make it unique, or pass "
+                f"the id {name!r} stands for several rows; ids must be unique, unless "
                 "duplicates='keep'"
             )
         if self.mapped:
