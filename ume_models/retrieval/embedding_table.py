@@ -23,7 +23,7 @@ from ume_models.json_files import parse
 _FORMAT = "ume-index"
 _FORMAT_VERSION = 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CHECKED_ROWS = 1 << 16
+_CHECKED_ROWS = 1 << 12
 
 
 @dataclass(frozen=True)
