@@ -33,6 +33,7 @@ LEVELS = {
     "ume_models.assets": 2,
     "ume_models.atomic": 2,
     "ume_models.disk_space": 2,
+    "ume_models.json_files": 2,
     "ume_models.errors": 2,
     "ume_kernels": 1,
     "ume_kernels._C": 0,

@@ -146,6 +146,7 @@ def test_a_store_is_continued_with_the_same_bytes(tmp_path: Path) -> None:
         ({"fingerprint": "xyz"}, "fingerprint: 'abc' in the store, 'xyz' now"),
         ({"encoding": {**MANIFEST.encoding, "latent_steps": 4}}, "latent_steps: 8 in the store"),
         ({"shard_size": 2}, "shard_size: 3 in the store, 2 now"),
+        ({"encoding": {**MANIFEST.encoding, "images": {"a": 1}}}, "images.a: None in the store"),
         ({"items_digest": "e"}, "the items file has changed"),
         ({"package_version": "2"}, "package_version"),
         ({"encoding": {**MANIFEST.encoding, "profile": "x"}}, "--profile before-profiles goes on"),
@@ -343,7 +344,9 @@ def test_a_shard_with_missing_rows_is_refused(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "not the manifest"),
+        ("[]", "JSON object"),
+        ('{"a":' * 10**5, "not valid JSON"),
+        ('{"a":' * 60 + "1" + "}" * 60, "levels deep"),
         ('{"format": "ume-embeddings", "format_version": 99}', "format version 99"),
         ('{"format": "ume-embeddings", "format_version": 1}', "'package_version' is missing"),
     ],
@@ -354,6 +357,17 @@ def test_a_strange_manifest_is_refused(tmp_path: Path, text: str, message: str) 
         EmbeddingStore.open(tmp_path)
     with pytest.raises(StoreError, match=message):
         EmbeddingStore.begin(tmp_path, MANIFEST)
+
+
+@pytest.mark.parametrize("name", ["num_items", "shard_size"])
+@pytest.mark.parametrize("value", [10**18, 10**30])
+def test_a_number_in_a_manifest_is_no_work(tmp_path: Path, name: str, value: int) -> None:
+    fill(tmp_path)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**content, name: value}))
+    with pytest.raises(StoreError, match="not finished"):
+        EmbeddingStore.open(tmp_path)
+    assert EmbeddingStore.attach(tmp_path).skipped() == []
 
 
 def test_places_that_are_no_store(tmp_path: Path) -> None:

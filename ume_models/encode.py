@@ -20,6 +20,7 @@ import torch
 from ume_models.embedder import Embedder, EmbedOptions
 from ume_models.errors import ErrorKind, ItemError, OptionError
 from ume_models.processing import PlannedItem, PreparedItem, prefetch
+from ume_models.processing.rules import whole_number
 
 Progress = Callable[[int, int], None]
 
@@ -113,10 +114,10 @@ def encode_detailed(
         raise TypeError("items must be a list of items; put a single one into a list: [item]")
     chosen = model.options.replaced(options)
     budget = (
-        DEFAULT_BATCH_TOKENS.get(model.device.type, 4096) if batch_tokens is None else batch_tokens
+        DEFAULT_BATCH_TOKENS.get(model.device.type, 4096)
+        if batch_tokens is None
+        else whole_number("batch_tokens", batch_tokens, 1)
     )
-    if budget < 1:
-        raise OptionError(f"batch_tokens must be at least 1, got {batch_tokens}")
     stats = EncodeStats()
     started = time.perf_counter()
     plans = model.processor.plan(list(items), on_error, base_dir=base_dir)
@@ -167,7 +168,7 @@ def encoding_settings(
     settings = {
         **model.described(model.options if options is None else options),
         "device": model.device.type,
-        "batch_tokens": batch_tokens,
+        "batch_tokens": None if batch_tokens is None else int(batch_tokens),
         **model.processor.described(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))

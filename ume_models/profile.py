@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ume_models.processing.rules import MediaRules
-from ume_models.processing.template import Layout, Template
+from ume_models.processing.template import Template, sample_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BEFORE_PROFILES = "before-profiles"
 """What stores hold that were written before profiles had names."""
-
-_LAYOUTS: tuple[Layout, ...] = ((), ("image",), ("image", "image"), ("video",))
-_PROBES = (("", ""), ("Find it.", "a text"), ("", "a text"), ("Find it.", ""))
 
 
 @dataclass(frozen=True)
@@ -80,13 +77,8 @@ class Profile:
 
     def fingerprint(self, template: Template) -> str:
         """Hash of everything the profile decides, rendered through a model's template."""
-        prompts = [
-            [*map(str, vars(template.render(layout, instruction, text)).values())]
-            for layout in _LAYOUTS
-            for instruction, text in _PROBES
-        ]
         rules, tap = _chosen(self.rules, MediaRules()), _chosen(self.tap, Tap())
-        about = [self.name, rules, tap, self.forced, prompts]
+        about = [self.name, rules, tap, self.forced, sample_prompts(template)]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -32,6 +32,7 @@ from safetensors.torch import save as tensors_to_bytes
 
 from ume_models.atomic import remove_leftovers, write_atomically
 from ume_models.errors import ErrorKind, StoreError
+from ume_models.json_files import parse, read_object
 from ume_models.profile import BEFORE_PROFILES
 
 FORMAT = "ume-embeddings"
@@ -138,7 +139,11 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by their plain name; JSON round trip, so that tuples and lists compare equal."""
     plain: dict[str, Any] = json.loads(json.dumps(fields))
     settings = plain.pop("encoding", None) or plain.pop("settings", {})
-    return {**under_profile(settings), **plain}
+    flat: dict[str, Any] = {}
+    for name, value in {**under_profile(settings), **plain}.items():
+        inner = value if isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+    return flat
 
 
 def under_profile(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,10 +309,10 @@ class EmbeddingStore:
             )
         store = cls(directory, _read_manifest(directory))
         # The numbers themselves are checked as they are read, so that they are read only once.
-        missing = [n for n in range(store.num_shards) if not store.has(n)]
+        missing = store.num_shards - sum(map(store.has, store._written()))
         if missing:
             raise StoreError(
-                f"{directory} is not finished: {len(missing)} of {store.num_shards} shards are "
+                f"{directory} is not finished: {missing} of {store.num_shards} shards are "
                 "missing or damaged; run the same command again, it goes on from there"
             )
         return store
@@ -401,7 +406,7 @@ class EmbeddingStore:
         """All items without an embedding, of the shards that are done."""
         return [
             skipped
-            for shard in range(self.num_shards)
+            for shard in self._written()
             if (listing := self._listing(shard)) is not None
             for skipped in listing.skipped
         ]
@@ -427,6 +432,17 @@ class EmbeddingStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _written(self) -> list[int]:
+        """Shards whose files are there, in order: a damaged manifest may tell of any number."""
+        names = self.directory.glob(f"shard-*-of-{self.num_shards:05d}.safetensors")
+        numbers = {int(path.name.split("-")[1]) for path in names if path.name[6].isdigit()}
+        return sorted(number for number in numbers if number < self.num_shards)
+
+    def _fills(self, shard: int, rows: Sequence[int]) -> bool:
+        """Whether ``rows`` are the positions of the items of a shard, each once."""
+        span = self.item_range(shard)
+        return len(rows) == span.stop - span.start and sorted(rows) == list(span)
 
     def _path(self, shard: int, suffix: str) -> Path:
         return self.directory / f"shard-{shard:05d}-of-{self.num_shards:05d}.{suffix}"
@@ -460,7 +476,7 @@ class EmbeddingStore:
 
     def _check(self, shard: int, content: Shard) -> None:
         rows = [*content.rows.tolist(), *(skipped.row for skipped in content.skipped)]
-        if sorted(rows) != list(self.item_range(shard)):
+        if not self._fills(shard, rows):
             raise StoreError(f"shard {shard} must hold or skip every item of its range once")
         wanted = (len(content.records), self.manifest.hidden_size)
         if content.embeddings.shape != wanted or content.embeddings.dtype != torch.float32:
@@ -482,16 +498,19 @@ class EmbeddingStore:
 
         The embeddings themselves are not read.
         """
+        files = (self._path(shard, "json"), self._path(shard, "safetensors"))
+        if not all(path.is_file() for path in files):  # a pipe, say, would be waited for
+            return None
         try:
-            listing = self._path(shard, "json").read_bytes()
-            with safe_open(self._path(shard, "safetensors"), framework="pt") as tensors:
+            listing = files[0].read_bytes()
+            with safe_open(files[1], framework="pt") as tensors:
                 digest = (tensors.metadata() or {}).get("items_sha256")
                 if digest != hashlib.sha256(listing).hexdigest():
                     return None
                 shape = tensors.get_slice("embeddings").get_shape()
                 kinds = [tensors.get_slice(name).get_dtype() for name in ("embeddings", "rows")]
                 rows = tensors.get_tensor("rows").tolist()
-            value = json.loads(listing)
+            value = parse(listing)
             records = [Record.from_json(item) for item in value["items"]]
             skipped = [Skipped(**item) for item in value["skipped"]]
             digests = {name: str(value["tensors_sha256"][name]) for name in ("embeddings", "rows")}
@@ -500,7 +519,7 @@ class EmbeddingStore:
         fits = (
             kinds == ["F32", "I64"]
             and shape == [len(records), self.manifest.hidden_size]
-            and sorted([*rows, *(entry.row for entry in skipped)]) == list(self.item_range(shard))
+            and self._fills(shard, [*rows, *(entry.row for entry in skipped)])
         )
         return _Listing(records, skipped, digests) if fits else None
 
@@ -521,11 +540,9 @@ class EmbeddingStore:
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / _MANIFEST
     try:
-        value = json.loads(path.read_bytes())
+        value = read_object(path)
     except ValueError as error:
-        raise StoreError(
-            f"{path} is not valid JSON ({error}): replace the store with --overwrite"
-        ) from None
+        raise StoreError(f"{path}: {error}: replace the store with --overwrite") from None
     return Manifest.from_json(value, path)
 
 

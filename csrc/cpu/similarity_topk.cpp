@@ -2,8 +2,8 @@
 // threshold, and rare appends to private lists.
 //
 // The queries are the packed operand, so that a row of scores belongs to one candidate and is
-// compared with all thresholds at once, and the corpus is read where it lies. Keys are unique and
-// totally ordered: the best k of the private lists are the same however blocks fell to threads.
+// compared with all thresholds at once, and the corpus is read where it lies. A single query
+// is multiplied with candidates side by side instead. Keys are unique and totally ordered: the best k of the private lists are the same however blocks fell to threads.
 #include "ume/similarity_topk.h"
 
 #include <algorithm>
@@ -16,6 +16,7 @@
 #include <omp.h>
 #endif
 
+#include "topk_dots.h"
 #include "topk_filter.h"
 #include "topk_select.h"
 #include "ume/tile_engine.h"
@@ -30,6 +31,7 @@ using u8 = std::uint8_t;
 
 constexpr i64 kMaxQueries = 256;     // packed at a time
 constexpr i64 kMaxCandidates = 96;   // scored at a time; whole register tiles of every engine
+constexpr i64 kStreamRows = 1024;    // the same for a single query, which reads them once
 constexpr i64 kListBytes = 1 << 26;  // bound on the private lists, as long as a panel fits
 constexpr float kAlways = std::numeric_limits<float>::quiet_NaN();
 constexpr float kNever = std::numeric_limits<float>::infinity();
@@ -37,6 +39,7 @@ constexpr float kNever = std::numeric_limits<float>::infinity();
 // What one thread owns.
 struct Worker {
   ScratchBuffer<float> scores, threshold;
+  ScratchBuffer<float> level;  // a single query's threshold, once per candidate
   ScratchBuffer<u32> staged;
   ScratchBuffer<i64> keys;    // [queries, capacity]
   ScratchBuffer<i64> merged;  // [k + capacity]
@@ -52,12 +55,15 @@ class Scanner {
         c_(scan.operands.c),
         engine_(tile_engine(compute_for(isa, q_.element, c_.element), isa)),
         filter_(topk_filter(isa)),
+        dots_(q_.rows == 1 ? topk_dots(isa, engine_.compute) : nullptr),
         words_(engine_.words(q_.columns)),
         in_place_(engine_.reads_in_place(c_.element, c_.columns)),
         scaled_(scan.operands.q_inv || scan.operands.c_inv) {
     // Small blocks where large ones would leave threads idle.
     const i64 share = c_.rows / (4 * static_cast<i64>(threads));
-    block_ = std::clamp(share / engine_.rows * engine_.rows, engine_.rows, kMaxCandidates);
+    const i64 unit = dots_ != nullptr ? 2 * kDotRows : engine_.rows;  // chunks of the filter
+    const i64 most = dots_ != nullptr && in_place_ ? kStreamRows : kMaxCandidates;
+    block_ = std::clamp(share / unit * unit, unit, most);
     blocks_ = (c_.rows + block_ - 1) / block_;
     threads_ = static_cast<int>(std::min<i64>(threads, blocks_));
     capacity_ = topk_capacity(scan.k, c_.rows);
@@ -71,6 +77,7 @@ class Scanner {
     for (Worker& own : workers_) {
       own.scores.reserve(block_ * width_);
       own.threshold.reserve(width_);
+      own.level.reserve(block_);
       own.staged.reserve(in_place_ ? 0 : block_ * words_);
       own.keys.reserve(queries_ * capacity_);
       own.merged.reserve(scan.k + capacity_);
@@ -117,6 +124,7 @@ class Scanner {
     MatrixView part = q_;
     part.data = q_.row(q0 + panel * engine_.lanes);
     part.rows = std::min(engine_.lanes, used - panel * engine_.lanes);
+    if (dots_ != nullptr) return engine_.stage_rows(packed_.data(), part);
     engine_.pack_vectors(packed_.data() + panel * engine_.lanes * words_, part);
   }
 
@@ -126,6 +134,10 @@ class Scanner {
     for (i64 block; (block = next.fetch_add(1, std::memory_order_relaxed)) < blocks_;) {
       const i64 c0 = block * block_;
       const i64 m = std::min(block_, c_.rows - c0);
+      if (dots_ != nullptr) {
+        one(own, c0, m);
+        continue;
+      }
       const bool narrow = used <= engine_.narrow_lanes;
       const i64 columns =
           row_width(narrow ? engine_.narrow_lanes : engine_.panels(used) * engine_.lanes);
@@ -146,17 +158,56 @@ class Scanner {
     return topk_score(worst);
   }
 
-  void score(Worker& own, i64 c0, i64 m, bool narrow, i64 used, i64 columns) const {
-    const void* a = c_.row(c0);
-    i64 stride = c_.row_stride * element_size(c_.element);
-    if (!in_place_) {
-      MatrixView part = c_;
-      part.data = a;
-      part.rows = m;
-      engine_.stage_rows(own.staged.data(), part);
-      a = own.staged.data();
-      stride = words_ * 4;
+  // Candidates as rows of words; their distance in bytes comes back in stride.
+  const void* rows(Worker& own, i64 c0, i64 m, i64* stride) const {
+    *stride = c_.row_stride * element_size(c_.element);
+    if (in_place_) return c_.row(c0);
+    MatrixView part = c_;
+    part.data = c_.row(c0);
+    part.rows = m;
+    engine_.stage_rows(own.staged.data(), part);
+    *stride = words_ * 4;
+    return own.staged.data();
+  }
+
+  // What score() and collect() do, for a single query.
+  void one(Worker& own, i64 c0, i64 m) const {
+    i64 stride;
+    const void* a = rows(own, c0, m, &stride);
+    float* s = own.scores.data();
+    dots_(a, stride, m, packed_.data(), words_, s);
+    const float* c_inv = scan_.operands.c_inv;
+    if (scaled_)  // in the order of the filter
+      for (i64 r = 0; r < m; ++r) s[r] = s[r] * q_inv_.data()[0] * (c_inv ? c_inv[c0 + r] : 1.0f);
+    float* threshold = own.threshold.data();
+    const i64 chunks = (m + 15) / 16;
+    std::fill_n(own.level.data(), chunks * 16, *threshold);
+    u16 masks[kStreamRows / 16];
+    if (!filter_(s, nullptr, 1.0f, own.level.data(), chunks, masks)) return;
+    for (i64 chunk = 0; chunk < chunks; ++chunk) {
+      for (unsigned mask = masks[chunk]; mask != 0; mask &= mask - 1) {
+        const i64 r = chunk * 16 + __builtin_ctz(mask);
+        if (r < m && allowed(0, c0 + r)) take(own, 0, threshold, s[r], c0 + r);
+      }
     }
+  }
+
+  bool allowed(i64 query, i64 candidate) const {
+    return scan_.allowed == nullptr ||
+           scan_.allowed[query * scan_.allowed_stride + candidate] != 0;
+  }
+
+  void take(Worker& own, i64 i, float* threshold, float s, i64 candidate) const {
+    if (s != s)
+      own.nan = true;
+    else if (!(s <= *threshold))
+      topk_append(own.keys.data() + i * capacity_, &own.counts[static_cast<std::size_t>(i)],
+                  threshold, topk_key(s, scan_.first + candidate), scan_.k, capacity_);
+  }
+
+  void score(Worker& own, i64 c0, i64 m, bool narrow, i64 used, i64 columns) const {
+    i64 stride;
+    const void* a = rows(own, c0, m, &stride);
     if (narrow)
       engine_.multiply_narrow(a, stride, 4, m, packed_.data(), words_, own.scores.data(), columns,
                               false);
@@ -166,11 +217,10 @@ class Scanner {
   }
 
   void collect(Worker& own, i64 q0, i64 used, i64 c0, i64 m, i64 columns) const {
-    const bool per_query = scan_.allowed_stride != 0;
     u16 masks[kMaxQueries / 16];
     for (i64 r = 0; r < m; ++r) {
       const i64 candidate = c0 + r;
-      if (scan_.allowed && !per_query && !scan_.allowed[candidate]) continue;
+      if (scan_.allowed_stride == 0 && !allowed(0, candidate)) continue;
       float* s = own.scores.data() + r * columns;
       const float factor = scan_.operands.c_inv ? scan_.operands.c_inv[candidate] : 1.0f;
       const i64 chunks = (used + 15) / 16;
@@ -182,13 +232,8 @@ class Scanner {
           const i64 i = chunk * 16 + __builtin_ctz(mask);
           // The scores of filling columns are NaN where the candidate holds infinity.
           if (i >= used) break;
-          if (per_query && !scan_.allowed[(q0 + i) * scan_.allowed_stride + candidate]) continue;
-          if (s[i] != s[i])
-            own.nan = true;
-          else
-            topk_append(own.keys.data() + i * capacity_, &own.counts[static_cast<std::size_t>(i)],
-                        own.threshold.data() + i, topk_key(s[i], scan_.first + candidate),
-                        scan_.k, capacity_);
+          if (allowed(q0 + i, candidate))
+            take(own, i, own.threshold.data() + i, s[i], candidate);
         }
       }
     }
@@ -211,6 +256,7 @@ class Scanner {
   const MatrixView& c_;
   const TileEngine& engine_;
   const TopkFilterFn filter_;
+  const TopkDotsFn dots_;  // nullptr: the tile engine scores
   const i64 words_;
   const bool in_place_, scaled_;
   i64 block_, blocks_, capacity_, queries_, width_;

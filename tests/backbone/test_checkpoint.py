@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ume_models
@@ -73,6 +75,30 @@ def test_save_and_load_again(tmp_path, load_recorded, recorded):
     assert agrees(tmp_path / "a", recorded)
     again = ume_models.load(tmp_path / "a", engine="reference", max_new_tokens=0)
     assert again.fingerprint == load_recorded(engine="fast").fingerprint
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"latent_steps": 3, "max_pixels": 40 * 784, "empty": "reference", "pictures": "as_seen"},
+        {"mode": "last", "multi_image": "first", "exclude_experts": [1], "top_k": 1},
+        {"adapter": False},
+    ],
+)
+def test_what_was_chosen_is_saved(tmp_path, checkpoint_dir, options):
+    model = ume_models.load(checkpoint_dir, **options)
+    model.save_pretrained(tmp_path)
+    again = ume_models.load(tmp_path)
+    assert again.load_options == model.load_options
+    assert again.processor.convention == model.processor.convention
+    assert again.fingerprint == model.fingerprint
+    items = [{"text": "a", "image": Image.new("RGB", (900, 500))}]
+    assert torch.equal(again.encode(items), model.encode(items))
+    other = ume_models.load(tmp_path, latent_steps=5, max_pixels=50 * 784)
+    assert (other.options.latent_steps, other.processor.rules.max_pixels) == (5, 50 * 784)
+    edit_config(tmp_path, lambda c: c["options"].update(device="cpu"), "ume.json")
+    with pytest.raises(OptionError, match="device"):
+        ume_models.load(tmp_path)
 
 
 @pytest.mark.compat
@@ -257,6 +283,9 @@ def test_other_architectures_and_paths(copied_checkpoint, tmp_path):
 def test_arguments_out_of_range(checkpoint_dir):
     for options, message in (
         ({"latent_steps": -1}, "latent_steps"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"pictures": "mine"}, "pictures must be"),
+        ({"min_pixels": "many"}, "min_pixels"),
         ({"context": "both"}, "context must be"),
         ({"engine": "quick"}, "engine must be"),
         ({"dtype": "int8"}, "dtype must be"),
@@ -354,6 +383,33 @@ JSON_FILES = ("config.json", "preprocessor_config.json", "generation_config.json
 def test_json_that_is_none(copied_checkpoint, name, content):
     (copied_checkpoint / name).write_text(content)
     with pytest.raises(CheckpointError, match=re.escape(name)):
+        ume_models.load(copied_checkpoint)
+
+
+def test_a_pipe_is_not_waited_for(copied_checkpoint):
+    (copied_checkpoint / "config.json").unlink()
+    os.mkfifo(copied_checkpoint / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        ume_models.load(copied_checkpoint)
+
+
+def test_ids_that_no_row_has(copied_checkpoint):
+    def change(content):
+        model = content["model"]
+        model["vocab"] = {token: row + 10**6 for token, row in model["vocab"].items()}
+
+    edit_config(copied_checkpoint, change, "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer has .* ids up to"):
+        ume_models.load(copied_checkpoint)
+
+
+@pytest.mark.compat
+def test_what_only_others_read_of_a_configuration(copied_checkpoint, recorded):
+    edit_config(copied_checkpoint, lambda c: c.update(use_cache="no", id2label="x"))
+    assert agrees(copied_checkpoint, recorded)
+    name = "tokenizer_config.json"
+    edit_config(copied_checkpoint, lambda c: c.update(model_max_length="x"), name)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: model_max_length"):
         ume_models.load(copied_checkpoint)
 
 

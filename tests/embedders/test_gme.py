@@ -85,6 +85,14 @@ def test_a_missing_token_is_named(family_processor: Any) -> None:
         Processor(Bare(), profile.template(Bare()), ImageConfig(), profile.rules)
 
 
+def test_a_text_of_visual_tokens_alone_is_refused(family_processor: Any) -> None:
+    processor = family_processor(GmeForEmbedding.profiles["vlm2vec"])
+    with pytest.raises(ItemError, match="no text left"):
+        processor.plan([{"text": "<|image_pad|>\n"}])
+    [plan] = processor.plan([{"text": "<|image_pad|>\n", "image": Image.new("RGB", (56, 56))}])
+    assert plan.error is None
+
+
 @pytest.mark.compat
 @pytest.mark.parametrize("profile", GmeForEmbedding.profiles)
 @pytest.mark.parametrize("engine", ["fast", "reference"])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ume_models.encode import encode_detailed, out_of_memory
-from ume_models.errors import ItemError
+from ume_models.errors import ErrorKind, ItemError
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,36 @@ def test_bad_items(model, tmp_path):
     for bad in items[1:]:
         with pytest.raises(ItemError):
             model.encode([items[0], bad], base_dir=tmp_path)
+
+
+def test_a_long_text_leaves_the_others_alone(model):
+    result = encode_detailed(
+        model, [{"text": "a b " * 10**6}, {"text": "short", "id": np.int64(7)}], on_error="skip"
+    )
+    assert [error.kind for error in result.errors] == [ErrorKind.TOO_LONG]
+    assert torch.equal(result.embeddings[1], model.encode([{"text": "short"}])[0])
+    assert result.ids == ["0", "7"]
+
+
+def test_rows_of_another_convention_are_refused(model, load_recorded):
+    other = load_recorded(engine="fast", pictures="as_seen")
+    rows = other.prepare([{"image": picture(0), "id": "x"}])
+    with pytest.raises(ItemError, match="profile") as caught:
+        model.embed_prepared(rows)
+    assert caught.value.id == "x"
+    assert caught.value.kind is ErrorKind.OTHER_SETTINGS
+    assert torch.equal(other.embed_prepared(rows), model.encode([{"image": picture(0)}]))
+
+
+def test_pictures_that_differ_in_their_palette_are_two_items(model):
+    pair = []
+    for rgb in ([200, 30, 30], [30, 30, 200]):
+        image = Image.new("P", (60, 60))
+        image.putpalette(rgb)
+        image.putalpha(255)
+        pair.append({"image": image})
+    alone = torch.cat([model.encode([item]) for item in pair])
+    torch.testing.assert_close(model.encode(pair), alone, atol=1e-5, rtol=0)
 
 
 def test_progress_and_no_items(model, items):

@@ -66,6 +66,7 @@ def test_exact_on_integers(isa: str, q_dtype: torch.dtype, c_dtype: torch.dtype)
     # Small integers: exact scores, and ties everywhere.
     for queries, candidates, d, k in (
         (1, 1, 1, 1),
+        (1, 2077, 33, 10),
         (3, 50, 7, 5),
         (17, 301, 33, 10),
         (33, 97, 64, 97),
@@ -117,6 +118,29 @@ def test_threads_and_batch_change_no_bit(isa: str, dtype: torch.dtype) -> None:
     for part in (slice(0, 1), slice(16, 32), slice(5, 60)):
         got = kernels.scan(q[part], c, 0, empty(q[part], 30), isa=isa, threads=2)[0]
         assert torch.equal(got.sort(dim=1).values, one[part])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (9, 1), (70, 33), (1500, 64)])
+def test_a_single_query_is_scored_as_among_others(
+    isa: str, dtype: torch.dtype, rows: int, width: int
+) -> None:
+    q, c = normals(3, width, seed=3).to(dtype), normals(2 * rows, width, seed=4).to(dtype)[::2]
+    c[rows // 2, 0] = float("nan")
+    allowed = torch.arange(3 * rows).reshape(3, rows) % 5 != 1
+    for mask in (None, allowed):
+        options = {"q_inv": normals(3, seed=5), "c_inv": normals(rows, seed=6), "isa": isa}
+        together, nan = kernels.scan(q, c, 0, empty(q, min(rows, 10)), allowed=mask, **options)
+        for i in range(3):
+            one = options | {"q_inv": options["q_inv"][i : i + 1]}
+            only = None if mask is None else mask[i : i + 1]
+            alone, alone_nan = kernels.scan(
+                q[i : i + 1], c, 0, empty(q[:1], min(rows, 10)), allowed=only, threads=2, **one
+            )
+            assert torch.equal(alone.sort().values, together[i : i + 1].sort().values)
+            assert alone_nan <= nan
+            assert alone_nan == (only is None or bool(only[0, rows // 2]))
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -125,7 +125,7 @@ def test_a_removal_that_was_stopped_is_gone_on_with(tmp_path, monkeypatch):
     ("content", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "not the manifest"),
+        ("[]", "JSON object"),
         ('{"format": "ume-eval", "format_version": 9}', "format version 9"),
         ('{"format": "ume-eval", "format_version": 1, "settings": 5}', "'settings'"),
         ('{"format": "ume-eval", "format_version": 1, "settings": {}, "tasks": 5}', "'tasks'"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from ume_models.errors import ItemError
 from ume_models.processing.media import decode_rgb, read_header
@@ -47,6 +47,76 @@ def test_digest_depends_on_content_only(tmp_path: Path, noise: Any) -> None:
     dark.putpalette([0, 0, 0])
     light.putpalette([255, 255, 255])
     assert read_header(dark).digest != read_header(light).digest
+
+
+def sprite(rgb: list[int]) -> Image.Image:
+    image = Image.new("P", (8, 8))
+    image.putpalette(rgb * 4)
+    return image
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    image.putalpha(255)
+    return image
+
+
+def test_pictures_that_look_different_are_told_apart() -> None:
+    red, blue = [200, 30, 30], [30, 30, 200]
+    clear, faint = sprite(red), sprite(red)
+    clear.info["transparency"], faint.info["transparency"] = 0, bytes([128])
+    turned = sprite(red)
+    turned.getexif()[0x112] = 6
+    pairs: list[tuple[Image.Image, Image.Image, dict[str, bool]]] = [
+        (with_alpha(sprite(red)), with_alpha(sprite(blue)), {}),
+        (clear, sprite(red), {}),  # goes through JPEG or not
+        (clear, faint, {"as_seen": True}),
+        (noise_grey(0), noise_grey(1), {"as_seen": True}),
+    ]
+    for one, other, options in pairs:
+        assert read_header(one, **options).digest != read_header(other, **options).digest
+    # What is not looked at makes no difference.
+    assert read_header(turned).digest == read_header(sprite(red)).digest
+
+
+def noise_grey(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(256, 65535, (8, 8), np.uint16))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_as_seen_is_upright(noise: Any, orientation: int, format: str) -> None:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    data = encoded(noise(40, 24), format, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert np.array_equal(np.asarray(decode_rgb(data, as_seen=True)), np.asarray(upright))
+    header = read_header(data, as_seen=True)
+    assert (header.width, header.height) == upright.size
+    assert read_header(data).width == 40
+    assert len(read_header(data).unlike) == (orientation > 1)
+    opened = Image.open(io.BytesIO(data))
+    assert np.array_equal(np.asarray(decode_rgb(opened, as_seen=True)), np.asarray(upright))
+
+
+def test_as_seen_scales_to_8_bits_and_lays_on_white() -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (8, 8), np.uint16)
+    for image in (Image.fromarray(deep), Image.fromarray(deep.astype(np.int32))):
+        assert len(read_header(image).unlike) == 1
+        seen = np.asarray(decode_rgb(image, as_seen=True))
+        assert np.array_equal(seen[..., 0], deep // 256)
+    ramp = np.linspace(-2, 3, 64, dtype=np.float32).reshape(8, 8)
+    seen = np.asarray(decode_rgb(Image.fromarray(ramp), as_seen=True))[..., 1]
+    assert (seen.min(), seen.max()) == (0, 255)
+    assert np.array_equal(seen, np.sort(seen, axis=None).reshape(8, 8))
+    ramp[0, :3] = [np.nan, np.inf, -np.inf]
+    holed = np.asarray(decode_rgb(Image.fromarray(ramp), as_seen=True))[..., 1]
+    assert holed[0, :3].tolist() == [0, 255, 0]
+    for flat in (np.zeros_like(ramp), np.full_like(ramp, np.nan)):
+        assert np.asarray(decode_rgb(Image.fromarray(flat), as_seen=True)).max() == 0
+    clear = sprite([200, 30, 30])
+    clear.info["transparency"] = 0
+    for image in (clear, Image.new("LA", (8, 8), (9, 0)), Image.new("RGBA", (8, 8))):
+        assert np.asarray(decode_rgb(image, as_seen=True)).min() == 255
 
 
 def test_header_does_not_decode(jpeg: bytes) -> None:

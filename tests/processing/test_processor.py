@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from ume_models.embedders.plume_prompt import GENERATION_PROMPT, PlumePrompt
-from ume_models.errors import ItemError
+from ume_models.errors import ErrorKind, ItemError
 from ume_models.processing import ImageConfig, Item, MediaRules, Processor, media
 
 TENSORS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
@@ -294,6 +295,54 @@ def test_each_file_is_read_once_per_plan_and_decoded_once_per_item(
     assert calls["decode_rgb"] == 1
     assert prepared.video_grid_thw is not None
     assert prepared.video_grid_thw.tolist() == [[2, 4, 4]]
+
+
+def deep(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 65536, (56, 56), np.uint16))
+
+
+def test_what_a_viewer_shows_otherwise_is_named_once_per_kind(make_processor: Any) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 3
+    turned = io.BytesIO()
+    deep(0).convert("RGB").save(turned, "PNG", exif=exif)
+    items = [{"image": deep(0), "id": "x"}, {"image": deep(1)}, {"image": turned.getvalue()}]
+    processor = make_processor()
+    with pytest.warns(UserWarning, match="as_seen") as told:
+        processor.plan(items * 2)
+    assert [str(found.message).split(":")[0] for found in told] == [
+        "item 0 (id 'x')",
+        "item 2 (id '2')",
+    ]
+    seen = make_processor(pictures="as_seen")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared = [seen.load(plan) for plan in seen.plan(items)]
+        narrow = Image.fromarray((np.asarray(deep(0)) >> 8).astype(np.uint8))
+        same = processor.load(processor.plan([{"image": narrow}])[0])
+    assert torch.equal(prepared[0].pixel_values, same.pixel_values)
+    assert processor.described() != seen.described()
+    assert processor.convention != seen.convention
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised(
+    make_processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = make_processor()
+    processor.max_tokens = 50
+    fits = ["a" * 50, "e\u0301" * 20, " " * 60 + "b"]
+    lengths = [len(processor.tokenizer(text)["input_ids"]) for text in fits]
+    texts: list[str] = []
+    encode = processor._tokens.encode
+    monkeypatch.setattr(
+        processor._tokens, "encode", lambda p: encode([x for x in p if not texts.append(x.text)])
+    )
+    long = ["a" * 10**7, "e\u0301" * 10**6, "\u1100\u1161\u11a8" * 10**6]
+    plans = processor.plan([{"text": text} for text in [*long, *fits]], "skip")
+    assert [plan.error is None for plan in plans] == [False] * 3 + [True] * 3
+    assert {plan.error.kind for plan in plans if plan.error} == {ErrorKind.TOO_LONG}
+    assert len(texts) == 3
+    assert max(lengths) <= 60
 
 
 def test_temporary_byte_buffers_are_not_confused(processor: Processor, noise: Any) -> None:

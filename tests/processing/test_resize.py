@@ -70,6 +70,12 @@ def test_aspect_ratio_above_200_is_refused_and_200_is_not(size_of: object) -> No
         size_of(10, 2001, 28, 784, 2359296)
 
 
+def test_the_size_that_was_given_is_named() -> None:
+    fetched = fetch_size(41, 6000, 28, 4 * 784, 16384 * 784)
+    with pytest.raises(ItemError, match="6000x41"):
+        model_size(*fetched, 28, 784, 2_359_296, given=(41, 6000))
+
+
 def test_a_side_never_shrinks_to_nothing() -> None:
     assert fetch_size(28, 5600, 28, 784, 7840) == (28, 1232)
     assert model_size(28, 5600, 28, 784, 7840) == (28, 1232)

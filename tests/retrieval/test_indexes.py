@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from ume_models.errors import StoreError, UmeError
 from ume_models.retrieval import ExactIndex, FaissIndex, Index, local_search
@@ -138,6 +140,8 @@ def test_missing_faiss_names_the_command(monkeypatch: pytest.MonkeyPatch) -> Non
         ("index.json", lambda data: data.replace(b'"item 3", ', b"")),
         ("index.safetensors", lambda data: data[:-5]),
         ("index.safetensors", lambda data: b""),
+        ("index.json", lambda data: b'{"a":' * 10**5),
+        ("index.safetensors", lambda data: save({"other": torch.ones(9, 16)})),
     ],
 )
 def test_damaged_files_are_refused(
@@ -201,8 +205,91 @@ def test_each_query_ranks_its_own_candidates(kind: Any) -> None:
     assert found == [name for name in expected[2] if name != "item 3"]
 
 
+class Labelled:
+    """A sequence that is looked up by label, as a pandas Series is."""
+
+    def __init__(self, values: list[str]) -> None:
+        self.by_label = dict(zip(reversed(range(len(values))), values, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.by_label)
+
+    def __iter__(self) -> Any:
+        return iter(self.by_label.values())
+
+    def __getitem__(self, label: int) -> str:
+        return self.by_label[label]
+
+    def __contains__(self, label: object) -> bool:
+        return label in self.by_label
+
+
+def test_ids_of_any_sequence_are_read_by_position_and_kept(kind: Any, tmp_path: Path) -> None:
+    texts = ["seven", "circle", "sales"]
+    mutable = list(texts)
+    for ids in (
+        Labelled(texts),
+        np.array(texts),
+        tuple(texts),
+        (name for name in texts),
+        dict.fromkeys(texts).keys(),
+        mutable,
+    ):
+        index = kind(torch.eye(3), ids)
+        mutable.reverse()
+        assert index.search(torch.eye(3), 1).ids == [[name] for name in texts]
+        index.save(tmp_path)
+        assert kind.load(tmp_path).ids == texts
+        mutable.reverse()
+    for numbers in (np.arange(3) + 5, torch.arange(3) + 5, list(np.arange(3, dtype=np.int32) + 5)):
+        index = kind(torch.eye(3), numbers)
+        candidates = (np.array([7, 5]) for _ in range(1))
+        assert index.search(torch.eye(3)[:1], 2, candidates=list(candidates)).ids == [[5, 7]]
+        index.save(tmp_path)
+    for wrong in (["a", None, "c"], "abc", np.eye(3), ["a", float("nan"), "b"]):
+        with pytest.raises(ValueError, match="id"):
+            kind(torch.eye(3), wrong)
+    lists = [Labelled(["seven", "sales"])]
+    found = local_search(kind(torch.eye(3), texts), torch.eye(3)[:1], lists, 2)
+    assert found.ids == [["seven", "sales"]]
+
+
+def test_numbers_of_numpy_and_queries_of_double_precision(kind: Any) -> None:
+    index, queries = kind(vectors(9), names(9)), vectors(2, seed=3)
+    expected = index.search(queries, 2)
+    found = index.search(queries.double(), np.int64(2))
+    assert torch.equal(found.scores, expected.scores)
+    assert found.ids == expected.ids
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        index.search(queries.double() * 1e300, 1)
+
+
+def test_an_id_stands_twice_only_if_asked_for(kind: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'a' stands for several rows"):
+        kind(vectors(4), ["a", "b", "a", "c"])
+    with pytest.raises(ValueError, match="duplicates"):
+        kind(vectors(2), ["a", "b"], duplicates="drop")
+    kind(vectors(4), ["a", "b", "a", "c"], duplicates="keep").save(tmp_path)
+    assert kind.load(tmp_path).ids == ["a", "b", "a", "c"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_loading_takes_the_memory_of_the_embeddings_once(tmp_path: Path) -> None:
+    embeddings = vectors(100_000, dim=256)  # 102 MB
+    ExactIndex(embeddings, names(100_000)).save(tmp_path)
+    program = (
+        "import re, sys; from ume_models.retrieval import ExactIndex\n"
+        "peak = lambda: int(re.search('VmHWM:.*?([0-9]+)', open('/proc/self/status').read())[1])\n"
+        "before = peak(); index = ExactIndex.load(sys.argv[1]); print(peak() - before)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True, text=True
+    )
+    assert int(shown.stdout) * 1024 < 1.6 * embeddings.nbytes
+
+
 def test_candidates_must_name_one_row(kind: Any) -> None:
-    index = kind(vectors(4), ["a", "b", "a", "c"])
+    index = kind(vectors(4), ["a", "b", "a", "c"], duplicates="keep")
     assert len(index.search(vectors(1), 4).ids[0]) == 4  # both rows of "a" are found
     with pytest.raises(ValueError, match="'a' stands for several rows"):
         index.search(vectors(1), 1, candidates=[["b", "a"]])

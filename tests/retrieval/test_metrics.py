@@ -44,3 +44,10 @@ def test_what_cannot_be_scored_is_refused() -> None:
         ranking_quality([], [], 3)
     with pytest.raises(ValueError, match="at least one relevant"):
         ranking_quality([["a"]], [set()], 3)
+
+
+def test_ids_of_numpy_and_one_text_for_a_list() -> None:
+    rankings, relevant = np.array([["ab", "c"]]), np.array([["c"]])
+    assert ranking_quality(rankings, relevant, 2).mrr == 0.5  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="list of ids"):
+        ranking_quality([["a", "c"]], ["abc"], 2)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
+from ume_kernels.scalars import plain
+
 Tensor = torch.Tensor
 
 Mask = Tensor | tuple[Tensor, Tensor]
@@ -174,6 +176,7 @@ def split_ignore(ignore: Any, device: torch.device) -> tuple[Tensor | None, floa
         if pairs.device != device:
             raise ValueError(f"the pairs of ignore are on {pairs.device}, q and p on {device}")
     if margin is not None:
+        margin = plain(margin)
         number = isinstance(margin, (int, float, torch.SymFloat)) and not isinstance(margin, bool)
         if not number:
             raise TypeError(

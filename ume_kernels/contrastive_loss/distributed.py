@@ -32,6 +32,7 @@ from ume_kernels.contrastive_loss.prepare import (
     zero_masked,
 )
 from ume_kernels.dispatch import Backend
+from ume_kernels.scalars import plain
 
 Tensor = torch.Tensor
 
@@ -103,6 +104,7 @@ def distributed_contrastive_loss(
             groups=groups, extra_negatives=extra_negatives, ignore=ignore, reduction=reduction,
             backend=backend,
         )  # fmt: skip
+    scale = plain(scale)
     insisted = None if backend is None else str(backend)
     error: Exception | None = None
     mine = Selection()

@@ -29,6 +29,7 @@ from ume_kernels.contrastive_loss.prepare import (
 )
 from ume_kernels.contrastive_loss.stats import ContrastiveStats, contrastive_stats
 from ume_kernels.dispatch import Backend
+from ume_kernels.scalars import plain
 
 Tensor = torch.Tensor
 
@@ -135,6 +136,7 @@ def contrastive_loss(
             group than its row), which on a GPU waits for it.
         BackendError: ``backend`` or ``UME_BACKEND`` asks for one that cannot run.
     """
+    scale, row_offset = plain(scale), plain(row_offset)
     check_matrices(q, p)
     check_no_tangent(q, p, scale, extra_negatives)
     n, m = q.shape[0], p.shape[0]

@@ -12,6 +12,7 @@ from torch import nn
 from ume_kernels.moe_transition.op import Balance, check_arguments, moe_transition
 from ume_kernels.moe_transition.reference import auxiliary, clamp_step, mix_experts, route
 from ume_kernels.moe_transition.weights import MoEWeights, SharedExpert, packed_view
+from ume_kernels.scalars import plain
 
 
 class ExpertMLP(nn.Module):
@@ -231,6 +232,7 @@ class MoETransition(nn.Module):
         ``excluded`` adds to the experts excluded at construction; ``balance`` is that of
         ``moe_transition``.
         """
+        step_id, excluded = plain(step_id), tuple(excluded)
         if context is not None:
             context = context.to(z_t)
             if context.ndim == 1:

@@ -13,6 +13,7 @@ from ume_kernels.moe_transition.composed import moe_transition_composed
 from ume_kernels.moe_transition.custom_ops import NAME, flat
 from ume_kernels.moe_transition.reference import moe_transition_reference
 from ume_kernels.moe_transition.weights import MoEWeights
+from ume_kernels.scalars import plain
 
 MAX_EXPERTS = 16
 """Routed experts up to which the Triton kernels run: a row's logits are one block."""
@@ -114,6 +115,7 @@ def moe_transition(
         ValueError: a shape, dtype or device does not fit; the message names it.
         BackendError: ``backend`` or ``UME_BACKEND`` asks for one that cannot run.
     """
+    step, top_k = plain(step), plain(top_k)
     check_arguments(z, context, step, weights, top_k, excluded, balance)
     used = (z, context, weights.router_weight, *_tensors(weights))
     chosen = _choose(used, weights.num_experts, backend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ume_kernels.similarity_topk.keys import MAX_CANDIDATES
@@ -98,7 +99,8 @@ def _lists(segments: Sequence[Any], queries: int) -> list[torch.Tensor]:
 
 
 def _integers(values: Any, device: torch.device) -> torch.Tensor:
-    tensor = torch.as_tensor(values)
+    # Through NumPy, as torch looks up a pandas Series by label.
+    tensor = values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
     if not tensor.numel():
         tensor = tensor.long()  # an empty list is float32
     if tensor.ndim != 1 or tensor.dtype not in (torch.int64, torch.int32):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ume_kernels.dispatch import Backend
+from ume_kernels.scalars import plain
 from ume_kernels.similarity_topk.search import Result, search
 from ume_kernels.similarity_topk.stream import RowSlices
 
@@ -59,6 +60,7 @@ def similarity_topk(
         TypeError: ``c`` is none of these.
         BackendError: the backend asked for cannot run.
     """
+    k, block = plain(k), plain(block)
     tensors = (q, c) if allowed is None else (q, c, allowed)
     if not torch.compiler.is_compiling():
         return search(q, c, k, normalize, segments, allowed, block, sorted, backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ume_models.errors import CheckpointError
+from ume_models.json_files import read_object
 
 _AGAIN = "compare the file with the original's, or copy it again"
-_MAX_DEPTH = 50  # what walks the content later may recurse; published files are 5 deep
 
 
 @dataclass(frozen=True)
@@ -88,27 +87,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: the file is missing, is not JSON, is nested too deeply, or is no object.
+        CheckpointError: the file cannot be read as one.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: file not found") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); {_AGAIN}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path}: expected a JSON object, found {type(content).__name__}; {_AGAIN}"
-        )
-    level: list[Any] = [content]
-    for _ in range(_MAX_DEPTH):
-        level = [inner for value in level for inner in _inside(value)]
-    if level:
-        raise CheckpointError(f"{path}: nested more than {_MAX_DEPTH} levels deep; {_AGAIN}")
-    return content
-
-
-def _inside(value: Any) -> Sequence[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else ()
+        return read_object(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; {_AGAIN}") from None

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ume_models.backbone.fields import TEXT, field, read_json
+from ume_models.backbone.fields import TEXT, field, read_json, real
 from ume_models.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,15 +34,19 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: tokenizer files or template are missing; says what to copy from where.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, Qwen2VLConfig
 
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise CheckpointError(
             f"{directory}: no tokenizer.json or vocab.json; copy the tokenizer files of the "
             "training run next to the weights"
         )
+    settings = directory / "tokenizer_config.json"
+    if settings.is_file() and (content := read_json(settings)).get("model_max_length") is not None:
+        field(content, str(settings), "model_max_length", real(1, 1e31))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        # A configuration of its own, or errors in config.json would look like the tokenizer's.
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), config=Qwen2VLConfig())
     except Exception as error:  # transformers raises many types here
         raise CheckpointError(f"{directory}: the tokenizer does not load ({error})") from error
     if not tokenizer.chat_template:

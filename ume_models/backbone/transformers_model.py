@@ -6,6 +6,7 @@ Used by the reference engine and by training. The only place that knows how tran
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,10 +86,8 @@ def empty_transformers_model(
         )
     try:
         return _without_storage(raw, family, None, attention).eval()
-    except Exception as error:  # a damaged configuration fails in many ways
-        raise CheckpointError(
-            f"{source}: transformers cannot build this model ({type(error).__name__}: {error})"
-        ) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def _without_storage(
@@ -102,11 +101,19 @@ def _without_storage(
         kept["vocab_size"] = vocab_size
         if isinstance(kept.get("text_config"), Mapping):
             kept["text_config"] = {**kept["text_config"], "vocab_size": vocab_size}
-    config = getattr(transformers, f"{name}Config").from_dict(kept)
-    config._attn_implementation = attention
     model_class = getattr(transformers, f"{name}ForConditionalGeneration")
-    with torch.device("meta"):
-        return model_class._from_config(config, attn_implementation=attention)
+    try:
+        config = getattr(transformers, f"{name}Config").from_dict(kept)
+        config._attn_implementation = attention
+        with torch.device("meta"):
+            model: torch.nn.Module = model_class._from_config(
+                config, attn_implementation=attention
+            )
+            return model
+    except Exception as error:  # a damaged configuration fails in many ways
+        raise CheckpointError(
+            f"transformers cannot build this model ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _fill_rope_buffers(
@@ -161,11 +168,13 @@ def cached_forward(
     official call passes a mask of the new tokens' length, which only flash-attention
     interprets that way (other attentions fail or silently cut the cache).
     """
-    return model.get_submodule("model.language_model")(
+    decoder = model.get_submodule("model.language_model")
+    renamed = "cache" in inspect.signature(decoder.forward).parameters  # transformers 5.24
+    return decoder(
         inputs_embeds=embeds,
         position_ids=position_ids,
-        past_key_values=cache,
         use_cache=True,
         return_dict=True,
         cache_position=position_ids[0, 0],
+        **{"cache" if renamed else "past_key_values": cache},
     ).last_hidden_state

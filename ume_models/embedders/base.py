@@ -30,7 +30,7 @@ from ume_models.embedders.library_files import write_identity, write_library_fil
 from ume_models.embedders.reference import SinglePassReference
 from ume_models.embedders.rows import rows_of_batch
 from ume_models.encode import encode
-from ume_models.errors import CheckpointError, OptionError
+from ume_models.errors import CheckpointError, ErrorKind, ItemError, OptionError
 from ume_models.processing import PreparedItem, Processor
 from ume_models.profile import BEFORE_PROFILES, Profile
 from ume_models.rollout.engine import Engine, Policy, Trace, unit_norm
@@ -130,9 +130,10 @@ class BackboneEmbedder(Embedder, nn.Module):
             CheckpointError: there are more tokens than rows.
         """
         rows = state["model.embed_tokens.weight"].shape[0]
-        if rows < len(tokenizer):
+        largest = max(tokenizer.get_vocab().values())
+        if rows <= largest:
             raise CheckpointError(
-                f"{source}: the tokenizer has {len(tokenizer)} tokens but the embedding {rows} "
+                f"{source}: the tokenizer's ids go up to {largest} but the embedding has {rows} "
                 "rows; the tokenizer belongs to another checkpoint"
             )
         return replace(config, vocab_size=rows)
@@ -301,6 +302,7 @@ class BackboneEmbedder(Embedder, nn.Module):
             "profile": self._profile_name,
             **self.options.described(),
             "multi_image": rules.multi_image,
+            "pictures": rules.pictures,
             "empty": self.processor.empty,
             "min_pixels": rules.min_pixels,
             "max_pixels": rules.max_pixels,
@@ -381,6 +383,10 @@ class BackboneEmbedder(Embedder, nn.Module):
     ) -> torch.Tensor:
         found = []
         for item in rows:
+            if item.convention not in ("", self.processor.convention):
+                reason = "was prepared under another profile, or with other options of pictures, "
+                reason += "than this model's; prepare it with model.prepare"
+                raise ItemError(reason, item.index, item.id, kind=ErrorKind.OTHER_SETTINGS)
             images = _visuals(item.pixel_values, item.image_grid_thw, False)
             videos = _visuals(item.pixel_values_videos, item.video_grid_thw, True)
             found.append((item.input_ids.numpy(), images + videos))
@@ -417,8 +423,8 @@ class BackboneEmbedder(Embedder, nn.Module):
     def save_pretrained(self, directory: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
         """Write the official checkpoint layout; every file appears whole or not at all.
 
-        Small JSON files beside it name family and profile, and let sentence-transformers open the
-        folder.
+        Small JSON files beside it name family, profile and options, as ``load`` takes them again,
+        and let sentence-transformers open the folder.
 
         Raises:
             CheckpointError, OSError: a file cannot be written or copied.
@@ -426,7 +432,7 @@ class BackboneEmbedder(Embedder, nn.Module):
         OptionError: the profile is not one of the family's, so that its name would not find it.
         """
         self._structure.check(self)
-        profile = self._profile_name
+        options = self.load_options
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         for name in SIDE_FILES:
@@ -441,7 +447,7 @@ class BackboneEmbedder(Embedder, nn.Module):
             raw["text_config"] = {**raw["text_config"], "vocab_size": rows}
         raw["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         write_json(target / "config.json", raw)
-        write_identity(target, self.family, profile)
+        write_identity(target, options.pop("family"), options.pop("profile"), options)
         write_library_files(target, self.sources)
         write_state(target, self.state_dict(), max_shard_bytes)
 

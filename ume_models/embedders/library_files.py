@@ -5,8 +5,9 @@ The official code does not look at them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ume_models.atomic import write_atomically
 from ume_models.backbone.checkpoint import write_json
@@ -19,9 +20,12 @@ SENTENCE_CONFIG = "config_sentence_transformers.json"
 IDENTITY_FILE = "ume.json"
 
 
-def write_identity(target: Path, family: str, profile: str) -> None:
-    """Name family and profile of a checkpoint, so that it is loaded as what it is."""
-    write_json(target / IDENTITY_FILE, {"family": family, "profile": profile})
+def write_identity(
+    target: Path, family: str, profile: str, options: Mapping[str, Any] | None = None
+) -> None:
+    """Name family, profile and options of a checkpoint, so that it is loaded as what it is."""
+    given = {"options": dict(options)} if options else {}
+    write_json(target / IDENTITY_FILE, {"family": family, "profile": profile, **given})
 
 
 def write_library_files(target: Path, sources: Iterable[Path] = ()) -> None:

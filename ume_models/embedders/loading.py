@@ -21,7 +21,7 @@ from ume_models.backbone.checkpoint import (
     weight_files,
 )
 from ume_models.backbone.config import BackboneConfig, read_config
-from ume_models.backbone.fields import TEXT, one_of, read_json
+from ume_models.backbone.fields import OBJECT, TEXT, one_of, read_json
 from ume_models.backbone.fields import field as json_field
 from ume_models.backbone.tokenizer import load_tokenizer
 from ume_models.embedders.base import BackboneEmbedder, EngineName, Signs
@@ -30,6 +30,7 @@ from ume_models.embedders.registry import families, pick_family, pick_profile, p
 from ume_models.errors import CheckpointError, ErrorKind, OptionError
 from ume_models.processing.config import ImageConfig
 from ume_models.processing.processor import Processor
+from ume_models.processing.rules import Pictures
 from ume_models.profile import Profile
 
 DTYPES = {
@@ -42,6 +43,7 @@ Weights = tuple[dict[str, torch.Tensor], Path]
 """Tensors by their published names, and the folder the base's came from."""
 
 Model = TypeVar("Model", bound=BackboneEmbedder)
+_SAVED = ("min_pixels", "max_pixels", "multi_image", "pictures", "empty")
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -58,7 +60,8 @@ def load(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     multi_image: Literal["all", "first"] | None = None,
-    empty: Literal["error", "reference"] = "error",
+    pictures: Pictures | None = None,
+    empty: Literal["error", "reference"] | None = None,
     **options: Any,
 ) -> BackboneEmbedder:
     """Load a checkpoint as the embedder it belongs to.
@@ -74,9 +77,13 @@ def load(
         engine: ``"fast"``, or ``"reference"`` for the official code's way, step by step.
         base: base checkpoint of a LoRA directory; default: the one its adapter config names.
         min_pixels, max_pixels: image limits; default those of the profile.
-        multi_image, empty: see ``Processor``.
+        pictures: ``"as_seen"`` embeds what a viewer shows (turned by EXIF, 16-bit grey scaled,
+            transparency on white), ``"official"`` what official codes do of it, the default.
+        multi_image, empty: see ``MediaRules`` and ``Processor``.
         options: the family's own: defaults of its embeddings (``PlumeOptions``: ``mode``,
             ``context``, …), and how it is built (PLUME: ``adapter``, ``top_k``).
+
+    What is left out is as it was when ``save_pretrained`` wrote the checkpoint, under its profile.
 
     Raises:
         CheckpointError: a file is missing, damaged or does not fit, or family and checkpoint do
@@ -88,7 +95,7 @@ def load(
     target = pick_device(device)
     directory = resolve(path_or_id)
     chosen = Chosen(
-        family, profile, engine, base, min_pixels, max_pixels, multi_image, empty, options
+        family, profile, engine, base, min_pixels, max_pixels, multi_image, pictures, empty, options
     )
     model = _load(directory, dtype, chosen, _read_weights(directory, base))
     return model.to(device=target).eval().requires_grad_(False)
@@ -105,8 +112,16 @@ class Chosen:
     min_pixels: int | None = None
     max_pixels: int | None = None
     multi_image: Literal["all", "first"] | None = None
-    empty: Literal["error", "reference"] = "error"
+    pictures: Pictures | None = None
+    empty: Literal["error", "reference"] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def completed(self, saved: Mapping[str, Any]) -> Chosen:
+        """The same, with what the checkpoint was saved with in place of what was left out."""
+        options = {k: v for k, v in self.options.items() if v is not None}
+        given = {k: v for k in _SAVED if (v := getattr(self, k)) is not None}
+        every = {**saved, **options, **given}
+        return replace(self, **{k: every.pop(k, None) for k in _SAVED}, options=every)
 
 
 @dataclass(frozen=True)
@@ -118,6 +133,7 @@ class Opened:
         config: the architecture that ``config.json`` describes.
         tokenizer, processor: make inputs.
         sources: its folder, that of ``config.json``, and that of the weights.
+        options: the family's own that were chosen or saved with it.
     """
 
     family: type[BackboneEmbedder]
@@ -126,6 +142,7 @@ class Opened:
     tokenizer: Any
     processor: Processor
     sources: tuple[Path, Path, Path]
+    options: Mapping[str, Any]
 
 
 def open_checkpoint(path_or_id: str | Path | None = None, **options: Any) -> Opened:
@@ -153,6 +170,8 @@ def _open(directory: Path, chosen: Chosen, weights: Weights) -> Opened:
     )
     family = pick_family(chosen.family, signs, chosen.options, directory)
     profile = pick_profile(family, chosen.profile or named.get("profile"))
+    if profile.name == named.get("profile"):
+        chosen = chosen.completed(named["options"])
     preprocessor = _first_with(("preprocessor_config.json",), directory, files)
     images = ImageConfig.from_checkpoint(preprocessor)
     rules = profile.rules
@@ -163,16 +182,25 @@ def _open(directory: Path, chosen: Chosen, weights: Weights) -> Opened:
                 f"profile {profile.name} hold one picture; leave it out"
             )
         rules = replace(rules, multi_image=chosen.multi_image)
+    if chosen.pictures is not None:
+        rules = replace(rules, pictures=chosen.pictures)
     rules = rules.for_checkpoint(images, chosen.min_pixels, chosen.max_pixels)
     try:
         template = profile.template(tokenizer)
-        processor = Processor(tokenizer, template, images, rules, empty=chosen.empty)
+        processor = Processor(
+            tokenizer,
+            template,
+            images,
+            rules,
+            empty="error" if chosen.empty is None else chosen.empty,
+            max_tokens=config.max_position_embeddings,
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     _check_patches(config, images, files)
     _check_pads(config, tokenizer, files)
     sources = (directory, files, weights_from)
-    return Opened(family, profile, config, tokenizer, processor, sources)
+    return Opened(family, profile, config, tokenizer, processor, sources, chosen.options)
 
 
 def _load(
@@ -186,10 +214,10 @@ def _load(
     if config.tie_word_embeddings:
         state.pop(HEAD, None)
     config = family.fit_vocabulary(state, config, found.tokenizer, directory)
-    model = _build(family, config, state, chosen.options, directory)
+    model = _build(family, config, state, found.options, directory)
     model = model.to(dtype=_pick_dtype(dtype, state))
     options = family.Options().replaced(
-        {k: v for k, v in chosen.options.items() if k not in family.build_options}
+        {k: v for k, v in found.options.items() if k not in family.build_options}
     )
     model.attach(
         found.tokenizer, found.processor, found.profile, options, chosen.engine, found.sources
@@ -197,8 +225,8 @@ def _load(
     return model
 
 
-def _named(directory: Path) -> Mapping[str, str]:
-    """Family and profile that a checkpoint names itself.
+def _named(directory: Path) -> Mapping[str, Any]:
+    """Family, profile and options that a checkpoint names itself.
 
     Raises:
         CheckpointError: they do not exist.
@@ -207,10 +235,10 @@ def _named(directory: Path) -> Mapping[str, str]:
     if not path.is_file():
         return {}
     content = read_json(path)
-    named: dict[str, str] = {"family": json_field(content, str(path), "family", one_of(families()))}
-    known = one_of(profiles(named["family"]))
-    named["profile"] = json_field(content, str(path), "profile", known)
-    return named
+    family = json_field(content, str(path), "family", one_of(families()))
+    profile = json_field(content, str(path), "profile", one_of(profiles(family)))
+    options = json_field(content, str(path), "options", OBJECT, {})
+    return {"family": family, "profile": profile, "options": options}
 
 
 def examine(

@@ -5,7 +5,6 @@ Paper: PLUME, arXiv 2604.02073; official code ``VLM2Vec/eval_twomode.py``.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -23,6 +22,7 @@ from ume_models.embedders.plume_prompt import PREFIX, PROFILES, SUFFIX
 from ume_models.embedders.plume_reference import ReferenceEngine
 from ume_models.embedders.plume_tokens import TokenIds, resize_vocabulary, token_ids
 from ume_models.errors import CheckpointError, OptionError
+from ume_models.processing.rules import whole_number
 from ume_models.profile import Tap
 from ume_models.rollout.engine import Policy, Trace
 from ume_models.rollout.latent import Latent, LatentPlan, RolloutTrace
@@ -74,14 +74,14 @@ class PlumeOptions(EmbedOptions):
                 choices = ", ".join(map(repr, known))
                 raise OptionError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
         for name in ("latent_steps", "max_new_tokens", "disc_offset"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.disc_offset > 1:
             raise OptionError(f"disc_offset must be 0 or 1, got {self.disc_offset}")
         if not isinstance(self.verify_eos, bool):
             raise OptionError(f"verify_eos must be True or False, got {self.verify_eos!r}")
         if not isinstance(self.exclude_experts, Iterable):
             raise OptionError(f"exclude_experts must be a list, got {self.exclude_experts!r}")
-        excluded = tuple(_whole("exclude_experts", e) for e in self.exclude_experts)
+        excluded = tuple(whole_number("exclude_experts", e) for e in self.exclude_experts)
         object.__setattr__(self, "exclude_experts", excluded)
 
     def described(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class PlumeForEmbedding(BackboneEmbedder):
         """
         if not options.get("adapter", True):
             return cls(config, None, tied)
-        top_k = _whole("top_k", options.get("top_k", 2))
+        top_k = whole_number("top_k", options.get("top_k", 2))
         return cls(config, _adapter_shape(config, state, top_k), tied)
 
     @classmethod
@@ -227,16 +227,6 @@ def _own(options: EmbedOptions) -> PlumeOptions:
     if not isinstance(options, PlumeOptions):
         raise TypeError(f"options are {type(options).__name__}; this model takes PlumeOptions")
     return options
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise OptionError(f"{name} must be a whole number ≥ 0, got {value!r}")
-    return number
 
 
 def _stacked(traces: Sequence[RolloutTrace]) -> RolloutTrace:

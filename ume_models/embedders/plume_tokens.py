@@ -77,6 +77,12 @@ def resize_vocabulary(
         CheckpointError: a missing row belongs to none of the tokens.
     """
     size = len(tokenizer)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise CheckpointError(
+            f"{source}: the tokenizer has {size} tokens but ids up to {largest}; copy its files "
+            "from the checkpoint again"
+        )
     for key in EMBEDDINGS:
         rows = state[key].shape[0] if key in state else size
         if rows > size:

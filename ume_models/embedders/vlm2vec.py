@@ -63,6 +63,8 @@ def baseline_words(layout: Layout, instruction: str, text: str) -> str:
     """
     words = f"{instruction} {text}" if instruction else text.replace(f"{IMAGE_PAD}\n", "")
     check_words(words)
+    if text and not (words or layout):
+        raise ItemError("has no text left once visual placeholders are removed")
     if not instruction or layout == ("video",):
         return words or ("" if layout else EMPTY_TEXT)
     return _lines(words) if layout else f"{words}\n"

@@ -6,7 +6,6 @@ with our ``modules.json``; :func:`sentence_transformer` makes the same of any ch
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,6 +283,6 @@ def _saved_prompts(sources: Sequence[Path]) -> tuple[dict[str, str], str | None]
     for source in sources:
         path = source / SENTENCE_CONFIG
         if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             return dict(content.get("prompts") or {}), content.get("default_prompt_name")
     return {}, None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ume_models.atomic import write_atomically
 from ume_models.errors import ErrorKind, StoreError
+from ume_models.json_files import read_object
 from ume_models.mmeb.keys import KINDS, Kind, key_kind
 from ume_models.store import EmbeddingStore, Manifest
 
@@ -219,7 +220,7 @@ def _digest(keys: Sequence[str]) -> str:
 def _read_keys(path: Path) -> tuple[list[str], int] | None:
     """Keys and shard size of a store; None for what is not one."""
     try:
-        rows = json.loads((path / _KEYS).read_bytes())
+        rows = read_object(path / _KEYS)
         keys, shard_size = [str(key) for key in rows["keys"]], int(rows["shard_size"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -112,8 +112,6 @@ def _part(
     row_of: dict[str, int],
 ) -> ExactIndex:
     """The candidates of one list, in the order of the whole index: ties keep it."""
-    if len(row_of) < len(index):
-        raise ValueError("two candidates have the same name: names must be unique")
     unknown = next((name for name in names if name not in row_of), None)
     if unknown is not None:
         raise ValueError(f"the candidate {unknown!r} is not in the index")

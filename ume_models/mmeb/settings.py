@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from ume_models.atomic import remove_leftovers, write_atomically
 from ume_models.errors import ErrorKind, StoreError
+from ume_models.json_files import read_object
 from ume_models.mmeb.dataset import ReadOptions, require_one_of
 from ume_models.mmeb.frames import FRAMES
 from ume_models.mmeb.keys import KINDS, Kind
@@ -226,10 +227,9 @@ def _folders(parent: Path) -> list[Path]:
 
 def _is_being_replaced(path: Path) -> bool:
     try:
-        value = json.loads(path.read_bytes())
+        return read_object(path).get("replaced") is True
     except (OSError, ValueError):
         return False
-    return isinstance(value, dict) and value.get("replaced") is True
 
 
 def earlier_manifest(folder: Path) -> dict[str, Any] | None:
@@ -251,12 +251,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             kind=ErrorKind.NOT_FOUND,
         )
     try:
-        value = json.loads(path.read_bytes())
+        value = read_object(path)
     except ValueError as error:
-        raise StoreError(
-            f"{path} is not valid JSON ({error}): start anew with --overwrite"
-        ) from None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise StoreError(f"{path}: {error}: start anew with --overwrite") from None
+    if value.get("format") != FORMAT:
         raise StoreError(f"{path} is not the manifest of an evaluation")
     if value.get("format_version") != FORMAT_VERSION:
         raise StoreError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -141,7 +142,7 @@ def _has_nothing_to_embed(item: Item) -> bool:
 def _parse_id(value: Any, index: int) -> str | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
+    if isinstance(value, bool) or not isinstance(value, (str, Integral)):
         raise ItemError(f"'id' must be a string or an integer, got {type(value).__name__}", index)
     text = str(value)
     if not text or not _is_unicode(text):

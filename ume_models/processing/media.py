@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from ume_models.errors import ErrorKind, ItemError
 from ume_models.processing.items import MediaSource
@@ -24,14 +25,17 @@ class MediaHeader:
     """What is known of an image without decoding it.
 
     Attributes:
-        height: in pixels, as stored (EXIF orientation is not applied, as in the reference).
+        height: in pixels, as decoded.
         width: in pixels.
-        digest: BLAKE2b of the file's bytes, or of the mode, size and pixels of a PIL image.
+        digest: BLAKE2b of the file's bytes, or of the pixels of a PIL image, as stored and as
+            decoded: its palette and its other notes count by what they do.
+        unlike: how a viewer shows it otherwise than official codes embed it.
     """
 
     height: int
     width: int
     digest: bytes
+    unlike: tuple[str, ...] = ()
 
 
 def describe(source: MediaSource) -> str:
@@ -44,36 +48,35 @@ def describe(source: MediaSource) -> str:
 
 
 def read_header(
-    source: MediaSource, max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
+    source: MediaSource,
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+    *,
+    on_white: bool = False,
+    as_seen: bool = False,
 ) -> MediaHeader:
     """Size and content hash of an image; files are streamed, never decoded.
 
     Args:
-        source: path, encoded bytes, or PIL image. A PIL image is loaded if it is not yet.
+        source: path, encoded bytes, or PIL image, which is decoded.
         max_image_pixels: larger images are refused before anything is decoded.
+        on_white, as_seen: as they will be for :func:`decode_rgb`.
 
     Raises:
         ItemError: missing or empty file, directory, not an image, no pixels, too many pixels.
     """
     if isinstance(source, Image.Image):
-        return _read_pil_header(source, max_image_pixels)
+        return _read_pil_header(source, max_image_pixels, on_white, as_seen)
     if isinstance(source, bytes):
         if not source:
             raise ItemError("is empty (0 bytes)")
-        width, height = _open_size(io.BytesIO(source), max_image_pixels)
-        return MediaHeader(height, width, _hash(b"file", source))
+        return _read_file_header(io.BytesIO(source), max_image_pixels, as_seen)
     try:
         with regular_file(source) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise ItemError("is an empty file (0 bytes); export or download it again")
-            width, height = _open_size(file, max_image_pixels)
-            file.seek(0)
-            state = _hasher(b"file")
-            while chunk := file.read(_CHUNK):
-                state.update(chunk)
+            return _read_file_header(file, max_image_pixels, as_seen)
     except (OSError, ValueError) as error:
         raise _file_error(error) from error
-    return MediaHeader(height, width, state.digest())
 
 
 def decode_rgb(
@@ -83,11 +86,12 @@ def decode_rgb(
     through_jpeg: bool = False,
     on_white: bool = False,
     square_below: int = 0,
+    as_seen: bool = False,
 ) -> Image.Image:
     """Decode an image fully and convert it with Pillow's ``convert("RGB")``.
 
-    EXIF orientation is ignored, as in the reference. The result may be the caller's own object,
-    so it must not be changed.
+    EXIF orientation is ignored and grey levels above 255 are white, as in the reference, unless
+    ``as_seen``. The result may be the caller's own object, so it must not be changed.
 
     Truncated files raise, unlike in the official evaluation, which sets
     ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` for the whole process and embeds the grey rest. (If
@@ -102,6 +106,8 @@ def decode_rgb(
             modes with transparency lose it). False drops the alpha channel.
         square_below: images with a side of fewer pixels become squares of twice that side, before
             the conversion: what the official code of VLM2Vec does.
+        as_seen: what a viewer shows: turned upright by EXIF, 16-bit grey scaled to 8 bit, floats
+            from their smallest value to their largest, anything transparent on white.
 
     Raises:
         ItemError: as :func:`read_header`, and for data that does not decode.
@@ -109,10 +115,13 @@ def decode_rgb(
 
     def convert(image: Image.Image) -> Image.Image:
         try:
+            orientation = _orientation(image)  # before loading, as at plan time
             image.load()
+            if as_seen:
+                image = _as_seen(image, orientation)
             if min(image.size) < square_below:
                 image = image.resize((2 * square_below, 2 * square_below))
-            return _to_rgb(image, through_jpeg, on_white)
+            return _to_rgb(image, through_jpeg, on_white or as_seen)
         except MemoryError:
             raise
         except Exception as error:  # decoders raise whatever they like on malformed data
@@ -147,25 +156,34 @@ def file_key(path: str | Path) -> tuple[str, int, int] | None:
     return (os.path.abspath(path), found.st_mtime_ns, found.st_size)
 
 
-def _read_pil_header(image: Image.Image, max_image_pixels: int) -> MediaHeader:
-    width, height = image.size
-    _check_area(width, height, max_image_pixels)
+def _read_pil_header(
+    image: Image.Image, max_image_pixels: int, on_white: bool, as_seen: bool
+) -> MediaHeader:
+    _check_area(*image.size, max_image_pixels)
     try:
         pixels = image.tobytes()
-        palette = image.getpalette() if image.mode in ("P", "PA") else None
     except (OSError, ValueError, SyntaxError) as error:
         raise _decode_error(error) from error
+    shown = decode_rgb(image, max_image_pixels, on_white=on_white, as_seen=as_seen)
     state = _hasher(b"pil")
-    transparent = "transparency" in image.info  # decides what through_jpeg does
-    state.update(repr((image.mode, image.size, palette, transparent)).encode())
+    about = (image.mode, image.size, shown.size, _has_alpha(image))  # alpha decides about JPEG
+    state.update(repr(about).encode())
     state.update(pixels)
-    return MediaHeader(height, width, state.digest())
+    if shown is not image:
+        state.update(shown.tobytes())
+    return MediaHeader(shown.height, shown.width, state.digest(), _unlike(image))
 
 
-def _open_size(file: BinaryIO, max_image_pixels: int) -> tuple[int, int]:
+def _read_file_header(file: BinaryIO, max_image_pixels: int, as_seen: bool) -> MediaHeader:
     with _open(file, max_image_pixels) as image:
-        width, height = image.size
-        return width, height
+        (width, height), unlike = image.size, _unlike(image)
+        if as_seen and _orientation(image) >= 5:
+            width, height = height, width
+    file.seek(0)
+    state = _hasher(b"file")
+    while chunk := file.read(_CHUNK):
+        state.update(chunk)
+    return MediaHeader(height, width, state.digest(), unlike)
 
 
 def _open(file: BinaryIO, max_image_pixels: int) -> Image.Image:
@@ -223,6 +241,51 @@ def _to_rgb(image: Image.Image, through_jpeg: bool, on_white: bool) -> Image.Ima
     return rgb
 
 
+_TURNS = dict(zip(range(2, 9), [
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+], strict=True))  # fmt: skip
+"""What makes an image upright, by its EXIF orientation."""
+
+
+def _orientation(image: Image.Image) -> int:
+    png = isinstance(image, PngImagePlugin.PngImageFile)
+    if png and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1  # getexif would decode the pixels to look behind them
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged: whatever its parser raises
+        return 1
+
+
+def _unlike(image: Image.Image) -> tuple[str, ...]:
+    found = []
+    if _is_deep(image):
+        found.append("has more than 8 bits per pixel, and what is above 255 becomes white")
+    if _orientation(image) in _TURNS:
+        found.append("is turned by its EXIF data, which are ignored")
+    return tuple(found)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _as_seen(image: Image.Image, orientation: int) -> Image.Image:
+    if _is_deep(image):
+        values = np.asarray(image)
+        if image.mode == "F":
+            finite = values[np.isfinite(values)].astype(np.float64)
+            low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+            values = (np.nan_to_num(values, nan=low).clip(low, high) - low) / (high - low or 1)
+            values = values * 65535
+        image = Image.fromarray((values.clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    return image.convert("RGBA") if image.has_transparency_data else image
+
+
 def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA") or (image.mode == "P" and "transparency" in image.info)
 
@@ -243,9 +306,3 @@ def _file_error(error: Exception) -> ItemError:
 
 def _hasher(kind: bytes) -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=20, person=kind)
-
-
-def _hash(kind: bytes, data: bytes) -> bytes:
-    state = _hasher(kind)
-    state.update(data)
-    return state.digest()

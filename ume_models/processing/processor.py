@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -26,6 +29,7 @@ from ume_models.processing.template import (
     MediaKind,
     Rendered,
     Template,
+    sample_prompts,
 )
 from ume_models.processing.tokens import PromptTokenizer
 from ume_models.processing.visuals import (
@@ -93,6 +97,7 @@ class PreparedItem:
     pixel_values_videos: torch.Tensor | None = None
     video_grid_thw: torch.Tensor | None = None
     header: Literal["text"] | None = None
+    convention: str = ""
 
 
 class Processor:
@@ -106,8 +111,9 @@ class Processor:
         empty: ``"error"``, or ``"reference"`` to embed an item without any content as official
             evaluations do (two spaces, no image).
         max_image_pixels: larger images are refused unread (decompression bombs).
+        max_tokens: texts that cannot have so few are refused before they are tokenised.
 
-    ``plan`` and ``load`` keep no state between calls; ``load`` may run in several threads.
+    ``load`` may run in several threads.
 
     Raises:
         CheckpointError: the tokenizer lacks one of the template's tokens.
@@ -122,6 +128,7 @@ class Processor:
         *,
         empty: Literal["error", "reference"] = "error",
         max_image_pixels: int = media.DEFAULT_MAX_IMAGE_PIXELS,
+        max_tokens: int | None = None,
     ) -> None:
         if empty not in ("error", "reference"):
             raise OptionError(f"empty must be 'error' or 'reference', got {empty!r}")
@@ -131,6 +138,8 @@ class Processor:
         self.rules = rules
         self.empty = empty
         self.max_image_pixels = max_image_pixels
+        self.max_tokens = max_tokens
+        self._warned: set[str] = set()
         vocabulary = tokenizer.get_vocab()
         missing = [t for t in (IMAGE_PAD, VIDEO_PAD, *template.tokens) if t not in vocabulary]
         if missing:
@@ -182,7 +191,7 @@ class Processor:
             raise OptionError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
         if isinstance(items, (str, bytes, Mapping, Item)):
             raise TypeError("items must be a sequence of items; put a single item into a list")
-        headers = _HeaderCache(self.max_image_pixels)
+        headers = _HeaderCache(self._visuals)
         drafts: list[_Draft | PlannedItem] = []
         for index, raw in enumerate(items, start=start_index):
             try:
@@ -246,7 +255,14 @@ class Processor:
             pixel_values_videos=pixel_values if is_video else None,
             video_grid_thw=grid_thw if is_video else None,
             header=planned.header,
+            convention=self.convention,
         )
+
+    @cached_property
+    def convention(self) -> str:
+        """Hash of everything that determines what an item becomes, prompts included."""
+        about = [self.described(), sample_prompts(self.template)]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     def described(self) -> dict[str, Any]:
         """Everything beside prompts that determines inputs; JSON-serialisable.
@@ -287,9 +303,15 @@ class Processor:
         try:
             sources, kind, through_jpeg = self._choose_media(item)
             prompt, header = self._prompt(item, kind, len(sources))
-            visuals, digests = self._plan_media(sources, kind, through_jpeg, headers)
+            self._check_length(prompt)
+            labels = _labels(sources, kind)
+            found = [headers.read(s, label) for s, label in zip(sources, labels, strict=True)]
+            visuals = self._plan_media(sources, labels, found, kind, through_jpeg)
         except ItemError as error:
             raise error.at(index, item.id) from error
+        if self.rules.pictures == "official":
+            self._warn(labels, found, index, item.id)
+        digests = [header.digest for header in found]
         state = hashlib.blake2b(self._settings, digest_size=20)
         for part in (str(prompt).encode(), b"jpeg" if through_jpeg else b"", *digests):
             state.update(len(part).to_bytes(8, "little"))
@@ -338,30 +360,41 @@ class Processor:
             raise ItemError("has no text left once visual placeholders and white space are removed")
         return prompt, header
 
+    def _check_length(self, prompt: Rendered) -> None:
+        limits = [limit for limit in (self.max_tokens, prompt.limit) if limit is not None]
+        if limits and self._tokens.exceeds(prompt.text, min(limits)):
+            raise ItemError(
+                f"the text has {len(prompt.text)} characters, which cannot be {min(limits)} tokens "
+                "or fewer; shorten it",
+                kind=ErrorKind.TOO_LONG,
+            )
+
+    def _warn(
+        self, labels: Sequence[str], found: Sequence[media.MediaHeader], index: int, id: str
+    ) -> None:
+        """Name the first item of each kind that a viewer shows otherwise."""
+        for label, header in zip(labels, found, strict=True):
+            for unlike in header.unlike:
+                if unlike not in self._warned:
+                    self._warned.add(unlike)
+                    about = f"{label} {unlike}, as official codes have it; pictures='as_seen' "
+                    about += "embeds what a viewer shows (later ones like it are not named)"
+                    warnings.warn(str(ItemError(about, index, id)), stacklevel=2)
+
     def _plan_media(
         self,
         sources: tuple[MediaSource, ...],
+        labels: tuple[str, ...],
+        found: Sequence[media.MediaHeader],
         kind: ItemKind,
         through_jpeg: bool,
-        headers: _HeaderCache,
-    ) -> tuple[tuple[VisualPlan, ...], list[bytes]]:
-        labels = tuple(
-            f"video frame {i} ({media.describe(s)})"
-            if kind == "video"
-            else f"image {media.describe(s)}"
-            for i, s in enumerate(sources)
-        )
-        found = [headers.read(s, label) for s, label in zip(sources, labels, strict=True)]
-        sizes = tuple((h.height, h.width) for h in found)
-        digests = [h.digest for h in found]
+    ) -> tuple[VisualPlan, ...]:
+        sizes = tuple((header.height, header.width) for header in found)
         if kind == "video":
-            return (self._visuals.plan(sources, labels, sizes, clip=True),), digests
-        return (
-            tuple(
-                self._visuals.plan((source,), (label,), (size,), through_jpeg=through_jpeg)
-                for source, label, size in zip(sources, labels, sizes, strict=True)
-            ),
-            digests,
+            return (self._visuals.plan(sources, labels, sizes, clip=True),)
+        return tuple(
+            self._visuals.plan((source,), (label,), (size,), through_jpeg=through_jpeg)
+            for source, label, size in zip(sources, labels, sizes, strict=True)
         )
 
     def _finish(self, draft: _Draft, token_ids: npt.NDArray[np.int32]) -> PlannedItem:
@@ -408,6 +441,15 @@ class Processor:
         return torch.from_numpy(np.repeat(token_ids.astype(np.int64), counts))
 
 
+def _labels(sources: Sequence[MediaSource], kind: ItemKind) -> tuple[str, ...]:
+    return tuple(
+        f"video frame {i} ({media.describe(s)})"
+        if kind == "video"
+        else f"image {media.describe(s)}"
+        for i, s in enumerate(sources)
+    )
+
+
 @dataclass(frozen=True)
 class _Draft:
     index: int
@@ -422,8 +464,8 @@ class _Draft:
 class _HeaderCache:
     """Reads each distinct file or object once per call of ``plan``."""
 
-    def __init__(self, max_image_pixels: int) -> None:
-        self._max_image_pixels = max_image_pixels
+    def __init__(self, visuals: VisualProcessor) -> None:
+        self._visuals = visuals
         # The source is kept with its header: an object's id is unique only while it lives.
         self._found: dict[object, tuple[MediaSource, media.MediaHeader]] = {}
 
@@ -432,7 +474,7 @@ class _HeaderCache:
         if key is not None and key in self._found:
             return self._found[key][1]
         with labelled(label):
-            header = media.read_header(source, self._max_image_pixels)
+            header = self._visuals.header(source)
         if key is not None:
             self._found[key] = (source, header)
         return header

@@ -54,10 +54,13 @@ def model_size(
     min_pixels: int,
     max_pixels: int,
     extreme: Extreme = "refuse",
+    *,
+    given: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """Target ``(height, width)`` of the Hugging Face Qwen2-VL image processor.
 
     As :func:`fetch_size`, but a side may round to zero before the lower limit is applied.
+    ``given`` is the size before the fetch stage, for the message.
 
     Raises:
         ItemError: if one side is more than 200 times the other, or a side is zero. With
@@ -68,7 +71,7 @@ def model_size(
         min(height, width) < factor or max(height, width) > MAX_ASPECT_RATIO * min(height, width)
     ):
         height = width = max(factor, height, width)
-    _check_shape(height, width)
+    _check_shape(height, width, given)
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
     return _into_limits(height, width, new_height, new_width, factor, min_pixels, max_pixels)
@@ -94,11 +97,12 @@ def _into_limits(
     return new_height, new_width
 
 
-def _check_shape(height: int, width: int) -> None:
+def _check_shape(height: int, width: int, given: tuple[int, int] | None = None) -> None:
     if height < 1 or width < 1:
         raise ItemError(f"has no pixels ({width}x{height})")
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        first = "" if given in (None, (height, width)) else f"{given[1]}x{given[0]}, resized to "
         raise ItemError(
-            f"is {width}x{height}: one side is more than {MAX_ASPECT_RATIO} times the other, "
-            "which the vision tower cannot take; crop or pad it"
+            f"is {first}{width}x{height}: one side is more than {MAX_ASPECT_RATIO} times the "
+            "other, which the vision tower cannot take; crop or pad it"
         )

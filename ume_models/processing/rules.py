@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -14,11 +15,29 @@ FETCH_MIN_PIXELS = 4 * 28 * 28
 FETCH_MAX_PIXELS = 16384 * 28 * 28
 
 MultiImage: TypeAlias = Literal["all", "first", "middle", "refuse"]
+Pictures: TypeAlias = Literal["official", "as_seen"]
+
+
+def whole_number(name: str, value: Any, least: int = 0) -> int:
+    """An option that counts something, from Python or NumPy, as an int.
+
+    Raises:
+        OptionError: it is none, or less than ``least``.
+    """
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise OptionError(f"{name} must be a whole number, at least {least}, got {value!r}")
+    return number
+
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "multi_image": (None, "all", "first", "middle", "refuse"),
     "clips": ("frames", "together", "middle", "refuse"),
     "transparency": ("drop", "white"),
+    "pictures": ("official", "as_seen"),
     "extreme": ("refuse", "square", "cut"),
 }
 
@@ -41,6 +60,8 @@ class MediaRules:
         mixed_frames: frames of several sizes are brought to that of the first; or refused.
         transparency: RGBA pictures are laid on ``"white"``; or the alpha channel is ``"drop"``ped,
             which happens to every other mode in any case.
+        pictures: ``"official"`` pixels, or ``"as_seen"``: those that a viewer shows, see
+            ``as_seen`` of :func:`ume_models.processing.media.decode_rgb`.
         tiny_to_square: pictures with a side of less than one token become 2 x 2 tokens first.
         extreme: sides in a proportion of more than 200. ``"refuse"``; ``"square"``: a square of
             the longer side (and of at least one token); ``"cut"``: the longer side is cut to 200
@@ -58,6 +79,7 @@ class MediaRules:
     max_frames: int | None = None
     mixed_frames: bool = False
     transparency: Literal["drop", "white"] = "drop"
+    pictures: Pictures = "official"
     tiny_to_square: bool = False
     extreme: Literal["refuse", "square", "cut"] = "refuse"
     fetch_min_pixels: int | None = FETCH_MIN_PIXELS
@@ -74,11 +96,10 @@ class MediaRules:
             if getattr(self, name) not in known:
                 choices = ", ".join(map(repr, known))
                 raise OptionError(f"{name} must be one of {choices}; got {getattr(self, name)!r}")
-        frames = self.max_frames
-        if frames is not None and (not isinstance(frames, int) or frames < 1):
-            raise OptionError(f"max_frames must be at least 1 or None, got {frames!r}")
-        if self.min_pixels < 1:
-            raise OptionError(f"min_pixels must be at least 1, got {self.min_pixels}")
+        for name in ("max_frames", "min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if name != "max_frames" or value is not None:
+                object.__setattr__(self, name, whole_number(name, value, 1))
         if self.max_pixels < self.min_pixels:
             raise OptionError(
                 f"max_pixels ({self.max_pixels}) must be at least min_pixels ({self.min_pixels})"

@@ -27,6 +27,8 @@ MediaKind: TypeAlias = Literal["image", "video"]
 Layout: TypeAlias = "tuple[MediaKind, ...]"
 
 _SENTINEL = "UMETEXTSENTINEL"
+_LAYOUTS: tuple[Layout, ...] = ((), ("image",), ("image", "image"), ("video",))
+_PROBES = (("", ""), ("Find it.", "a text"), ("", "a text"), ("Find it.", ""))
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,15 @@ def check_words(words: str) -> str:
                     "prompt; remove or escape it"
                 )
     return words
+
+
+def sample_prompts(template: Template) -> list[list[str]]:
+    """Prompts that tell conventions apart: with and without media, instruction and text."""
+    return [
+        [*map(str, vars(template.render(layout, instruction, text)).values())]
+        for layout in _LAYOUTS
+        for instruction, text in _PROBES
+    ]
 
 
 class ChatTurns:

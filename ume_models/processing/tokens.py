@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ from ume_models.processing.template import Rendered
 IdArray: TypeAlias = "npt.NDArray[np.int32]"
 
 _CHUNK = 4096
+_COMPOSED = 4  # characters, at most, of which normalisation (NFC) makes one
 # Texts that would expose a tokenizer in which neighbours of an added token influence each other.
 _PROBES = ("a", " a", "a ", "\n\n", "\u0301e", "9", "<", "▁x", "")
 
@@ -36,6 +38,18 @@ class PromptTokenizer:
         self._added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._probes = [*_PROBES, *(f"a\n{token}\nb" for token in self._added[:1])]
         self._frames: dict[tuple[str, str], _Frame | None] = {}
+        self._longest = max(map(len, tokenizer.get_vocab()))
+
+    def exceeds(self, text: str, limit: int) -> bool:
+        """Whether the number of characters alone says that there are more than ``limit`` tokens.
+
+        Where it does not, there may be more all the same. Tokenizers hold hundreds of bytes per
+        character, so what cannot fit must not reach them.
+        """
+        most = limit * self._longest
+        if len(text) <= most or text.isascii():
+            return len(text) > most
+        return len(unicodedata.normalize("NFC", text[: _COMPOSED * (most + 1)])) > most
 
     def encode(self, prompts: Iterable[Rendered]) -> dict[Rendered, IdArray]:
         """int32 ids of each distinct prompt, with one pad per visual block."""

@@ -73,6 +73,18 @@ class VisualProcessor:
         self.rules = rules
         self.max_image_pixels = max_image_pixels
         self._table = normalise_table(config)
+        self._on_white = rules.transparency == "white"
+        self._as_seen = rules.pictures == "as_seen"
+
+    def header(self, source: MediaSource) -> media.MediaHeader:
+        """Size and content of a source, as :meth:`load` will decode it.
+
+        Raises:
+            ItemError: as :func:`ume_models.processing.media.read_header`.
+        """
+        return media.read_header(
+            source, self.max_image_pixels, on_white=self._on_white, as_seen=self._as_seen
+        )
 
     def plan(
         self,
@@ -107,6 +119,7 @@ class VisualProcessor:
                 rules.min_pixels,
                 rules.max_pixels,
                 rules.extreme,
+                given=sizes[0],
             )
         time = -(-len(sources) // config.temporal_patch_size)
         grid = (time, size[0] // config.patch_size, size[1] // config.patch_size)
@@ -161,8 +174,9 @@ class VisualProcessor:
             visual.sources[position],
             self.max_image_pixels,
             through_jpeg=visual.through_jpeg,
-            on_white=self.rules.transparency == "white",
+            on_white=self._on_white,
             square_below=visual.square_below,
+            as_seen=self._as_seen,
         )
         if (image.height, image.width) != visual.source_sizes[position]:
             raise ItemError("has changed since it was planned; plan the item again")

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import operator
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save_file
 
 from ume_models.atomic import replacing, write_atomically
 from ume_models.errors import ErrorKind, StoreError
+from ume_models.json_files import parse
 
 _FORMAT = "ume-index"
 _FORMAT_VERSION = 1
-_CHECKED_ROWS = 1 << 16
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CHECKED_ROWS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class EmbeddingTable:
 
     Attributes:
         embeddings: float32, float16 or bfloat16 ``[N, D]``, finite.
-        ids: N ids, in the order of the rows.
+        ids: N ids, as ``listed`` makes them, in the order of the rows.
+        duplicates: ``"keep"`` lets an id stand for several rows.
         mapped: the embeddings are pages of a file, not memory. They were checked when they were
             written; they are not read to check them again.
     """
@@ -36,18 +41,27 @@ class EmbeddingTable:
     embeddings: torch.Tensor
     ids: Sequence[str]
     mapped: bool = False
+    duplicates: Literal["refuse", "keep"] = "refuse"
 
     def __post_init__(self) -> None:
         _check_tensor("embeddings", self.embeddings)
         shape = tuple(self.embeddings.shape)
         if self.embeddings.ndim != 2 or 0 in shape:
             raise ValueError(f"embeddings must be a non-empty matrix, got shape {shape}")
-        if self.embeddings.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if self.embeddings.dtype not in DTYPES:
             raise ValueError(
                 f"embeddings must be float32, float16 or bfloat16, got {self.embeddings.dtype}"
             )
         if len(self.ids) != shape[0]:
             raise ValueError(f"{len(self.ids)} ids for {shape[0]} embeddings: they must agree")
+        if self.duplicates not in ("refuse", "keep"):
+            raise ValueError(f"duplicates must be 'refuse' or 'keep', got {self.duplicates!r}")
+        if self.duplicates == "refuse" and -1 in self._row_of.values():
+            name = next(name for name, row in self._row_of.items() if row < 0)
+            raise ValueError(
+                f"the id {name!r} stands for several rows; ids must be unique, unless "
+                "duplicates='keep'"
+            )
         if self.mapped:
             return
         for start in range(0, shape[0], _CHECKED_ROWS):
@@ -59,18 +73,26 @@ class EmbeddingTable:
                     "drop the rows of skipped items first"
                 )
 
-    def check_queries(self, queries: torch.Tensor, k: int) -> None:
-        """Raise ValueError unless ``queries`` is finite ``[Q, D]`` and ``1 <= k <= N``."""
+    def check_queries(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, int]:
+        """Queries in a type that is searched, and ``k`` as Python's number.
+
+        Raises:
+            ValueError: ``queries`` is not finite ``[Q, D]``, or not ``1 <= k <= N``.
+        """
         _check_tensor("queries", queries)
         rows, columns = self.embeddings.shape
         if queries.ndim != 2 or queries.shape[1] != columns:
             raise ValueError(
                 f"queries must be [Q, {columns}] like the index, got {tuple(queries.shape)}"
             )
+        k = operator.index(k)
         if not 1 <= k <= rows:
             raise ValueError(f"k is {k}, but must be 1 … {rows} (the size of the index)")
+        if queries.dtype not in DTYPES:
+            queries = queries.float()
         if not bool(queries.isfinite().all()):
             raise ValueError("the queries hold NaN or infinity: drop the rows of skipped items")
+        return queries, k
 
     def look_up(self, rows: torch.Tensor) -> list[list[str]]:
         """Ids of a matrix of rows, without those of −1."""
@@ -87,7 +109,7 @@ class EmbeddingTable:
         """
         if len(candidates) != queries:
             raise ValueError(f"{len(candidates)} lists of candidates for {queries} queries")
-        lists = [dict.fromkeys(ids) for ids in candidates]
+        lists = [dict.fromkeys(listed(ids)) for ids in candidates]
         row_of = self._row_of
         for name in (name for ids in lists for name in ids):
             if row_of.get(name, -1) < 0:
@@ -134,18 +156,19 @@ class EmbeddingTable:
             OSError: a file is missing.
         """
         path = Path(directory) / "index.json"
-        if not path.exists():
+        if not path.is_file():
             raise FileNotFoundError(
                 f"{directory} has no index.json, which `save` of an index writes. A folder that "
                 "`ume embed` wrote is read by `ume search` and by ume_models.store.EmbeddingStore"
             )
         try:
-            value = json.loads(path.read_bytes())
+            value = parse(path.read_bytes())
             if value["format"] != _FORMAT or value["format_version"] != _FORMAT_VERSION:
                 raise ValueError("unknown format")
-            found, settings, ids = value["type"], dict(value["settings"]), list(value["ids"])
+            found, settings, ids = value["type"], dict(value["settings"]), listed(value["ids"])
             read = _mapped_tensor if mapped else _read_tensor
-            table = cls(read(path.with_suffix(".safetensors")), ids, mapped)
+            # what `save` wrote was accepted once
+            table = cls(read(path.with_suffix(".safetensors")), ids, mapped, "keep")
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StoreError(f"{directory} is not a readable index: {error}") from error
         if found != kind:
@@ -163,10 +186,35 @@ def _check_tensor(name: str, value: object) -> None:
         )
 
 
+def listed(ids: Iterable[Any]) -> list[Any]:
+    """Ids of any sequence or iterator by position, as a list of Python's own values.
+
+    Raises:
+        ValueError: it is one text, or an id is neither a text nor a whole number.
+    """
+    if isinstance(ids, (str, bytes)):
+        raise ValueError(f"ids must be a list of ids, got the text {ids!r}")
+    found = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+    scalar = (np.generic, torch.Tensor)
+    found = [name.item() if isinstance(name, scalar) else name for name in found]
+    wrong = next((row for row, name in enumerate(found) if not isinstance(name, (str, int))), None)
+    if wrong is not None:
+        raise ValueError(f"the id of row {wrong} is {found[wrong]!r}; ids are texts or integers")
+    return found
+
+
 def _read_tensor(path: Path) -> torch.Tensor:
-    return tensors_from_bytes(path.read_bytes())["embeddings"]
+    """The tensor of ``path``, read into its own memory and nowhere else."""
+    tensor = torch.empty_like(_mapped_tensor(path))
+    with path.open("rb") as file:
+        file.seek(-tensor.nbytes, os.SEEK_END)
+        content: Any = tensor.view(torch.uint8).numpy()
+        file.readinto(content)
+    return tensor
 
 
 def _mapped_tensor(path: Path) -> torch.Tensor:
     with safe_open(path, framework="pt") as file:
+        if [*file.keys()] != ["embeddings"]:
+            raise ValueError(f"{path.name} holds {', '.join(file.keys())}, not embeddings alone")
         return file.get_tensor("embeddings")

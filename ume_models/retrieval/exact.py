@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ume_kernels import explain
 from ume_kernels.similarity_topk import similarity_topk
-from ume_models.retrieval.embedding_table import EmbeddingTable
+from ume_models.retrieval.embedding_table import EmbeddingTable, listed
 from ume_models.retrieval.protocol import SearchResult
 
 
@@ -23,11 +23,12 @@ class ExactIndex:
 
     Args:
         embeddings: ``[N, D]`` float32, float16 or bfloat16; scores are float32.
-        ids: N ids.
+        ids: N ids, in any sequence.
+        duplicates: ``"keep"`` lets an id stand for several rows.
         device: where the embeddings go; None leaves them where they are.
 
     Raises:
-        ValueError: the sizes do not agree or an embedding is not finite.
+        ValueError: the sizes do not agree, an id stands twice or an embedding is not finite.
     """
 
     kind = "exact"
@@ -35,11 +36,13 @@ class ExactIndex:
     def __init__(
         self,
         embeddings: torch.Tensor,
-        ids: Sequence[str],
+        ids: Iterable[str],
         *,
+        duplicates: Literal["refuse", "keep"] = "refuse",
         device: str | torch.device | None = None,
     ) -> None:
-        self._table = EmbeddingTable(embeddings if device is None else embeddings.to(device), ids)
+        found = embeddings if device is None else embeddings.to(device)
+        self._table = EmbeddingTable(found, listed(ids), duplicates=duplicates)
 
     def __len__(self) -> int:
         return len(self._table.ids)
@@ -69,7 +72,7 @@ class ExactIndex:
     def to(self, device: str | torch.device) -> ExactIndex:
         """The same index with its embeddings in the memory of ``device``."""
         embeddings = self._table.embeddings.to(device)
-        return type(self)(embeddings, self._table.ids)
+        return type(self)(embeddings, self._table.ids, duplicates="keep")
 
     def search(
         self,
@@ -82,7 +85,7 @@ class ExactIndex:
         """The ``k`` candidates with the largest inner product for each query.
 
         Args:
-            queries: ``[Q, D]``, any of the three dtypes. They go to the device of the index,
+            queries: ``[Q, D]``, any floating dtype. They go to the device of the index,
                 unless they are on a CUDA device and the index is not: then it comes to them.
             k: results per query, ``1 <= k <= N``.
             allowed: bool ``[N]`` or ``[Q, N]``: the rows that may be returned.
@@ -127,7 +130,7 @@ class ExactIndex:
             raise ValueError("an index stays in its file or goes to a device, not both")
         table, _ = EmbeddingTable.load(directory, cls.kind, mapped=mapped)
         if not mapped:
-            return cls(table.embeddings, table.ids, device=device)
+            return cls(table.embeddings, table.ids, duplicates="keep", device=device)
         index = cls.__new__(cls)
         index._table = table
         return index
@@ -153,7 +156,7 @@ def search_table(
     candidates: Sequence[Sequence[str]] | None,
 ) -> SearchResult:
     """Exact search of a table; arguments and errors as ``ExactIndex.search``."""
-    table.check_queries(queries, k)
+    queries, k = table.check_queries(queries, k)
     embeddings = table.embeddings
     if not (queries.is_cuda and embeddings.device.type == "cpu"):
         queries = queries.to(embeddings.device)

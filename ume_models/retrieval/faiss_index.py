@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ume_models.errors import UmeError
-from ume_models.retrieval.embedding_table import EmbeddingTable
+from ume_models.retrieval.embedding_table import EmbeddingTable, listed
 from ume_models.retrieval.exact import search_table
 from ume_models.retrieval.protocol import SearchResult
 
@@ -24,14 +24,15 @@ class FaissIndex:
 
     Args:
         embeddings: ``[N, D]``; widened to float32.
-        ids: N ids.
+        ids: N ids, in any sequence.
+        duplicates: ``"keep"`` lets an id stand for several rows.
         factory: faiss index factory string: "Flat" (exact), "HNSW32", "IVF256,Flat", …
         gpu: search on all CUDA devices, a copy on each; building stays on the CPU.
 
     Raises:
         UmeError: faiss is not installed, or without the GPU asked for, or it refuses the factory
             string.
-        ValueError: the sizes do not agree or an embedding is not finite.
+        ValueError: the sizes do not agree, an id stands twice or an embedding is not finite.
     """
 
     kind = "faiss"
@@ -39,13 +40,14 @@ class FaissIndex:
     def __init__(
         self,
         embeddings: torch.Tensor,
-        ids: Sequence[str],
+        ids: Iterable[str],
         factory: str = "Flat",
         *,
+        duplicates: Literal["refuse", "keep"] = "refuse",
         gpu: bool = False,
     ) -> None:
         faiss = import_faiss(gpu=gpu)
-        self._table = EmbeddingTable(embeddings, ids)
+        self._table = EmbeddingTable(embeddings, listed(ids), duplicates=duplicates)
         self._factory = factory
         self._place = "the GPUs" if gpu else "the CPU"
         vectors = embeddings.detach().float().cpu().contiguous().numpy()
@@ -96,7 +98,7 @@ class FaissIndex:
         """
         if allowed is not None or candidates is not None:
             return search_table(self._table, queries, k, allowed, candidates)
-        self._table.check_queries(queries, k)
+        queries, k = self._table.check_queries(queries, k)
         wanted = queries.detach().float().cpu().contiguous().numpy()
         try:
             scores, rows = self._index.search(wanted, k)
@@ -124,7 +126,8 @@ class FaissIndex:
             UmeError: as the constructor.
         """
         table, settings = EmbeddingTable.load(directory, cls.kind)
-        return cls(table.embeddings, table.ids, str(settings.get("factory", "Flat")), gpu=gpu)
+        factory = str(settings.get("factory", "Flat"))
+        return cls(table.embeddings, table.ids, factory, duplicates="keep", gpu=gpu)
 
 
 def import_faiss(*, gpu: bool = False) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ume_models.retrieval.embedding_table import listed
 from ume_models.retrieval.protocol import Index, SearchResult
 
 
@@ -26,6 +27,7 @@ def local_search(
     Raises:
         ValueError: as ``ExactIndex.search``.
     """
-    longest = max((len(set(ids)) for ids in candidates), default=0)
+    lists = [listed(ids) for ids in candidates]
+    longest = max((len(set(ids)) for ids in lists), default=0)
     k = max(1, min(longest, len(index), top))
-    return index.search(queries, k, candidates=candidates)
+    return index.search(queries, k, candidates=lists)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from ume_models.retrieval.embedding_table import listed
+
 
 @dataclass(frozen=True)
 class RankingQuality:
@@ -36,12 +38,14 @@ def ranking_quality(
 
     Args:
         rankings: one list of ids per query; complete, or at least the best five.
-        relevant: the ids that answer each query; none may be empty.
+        relevant: the ids that answer each query, in any collection; none may be empty.
         candidates: size of the collection that was ranked.
 
     Raises:
         ValueError: there are no queries, or the lists do not fit each other.
     """
+    rankings = [listed(ids) for ids in rankings]
+    relevant = [listed(ids) for ids in relevant]
     if not rankings or len(rankings) != len(relevant):
         raise ValueError(f"{len(rankings)} rankings and {len(relevant)} answers do not fit")
     if not all(relevant):
