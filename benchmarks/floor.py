@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from benchmarks.cost import WIDTH, Decoder, Vision
 from benchmarks.shaped import SHAPES
 from ume_models.backbone.config import BackboneConfig, parse_config
-from ume_models.commands.machine import cpu_name
+from ume_models.machine import cpu_name
 
 SHAPE = "qwen2-vl-2b"
 SUFFIX = 6

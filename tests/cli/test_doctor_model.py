@@ -64,7 +64,7 @@ def test_the_report_is_that_of_the_loaded_model(
 def test_pyarrow_is_told_like_other_optional_packages(
     monkeypatch: pytest.MonkeyPatch, version: str, ok: bool | None
 ) -> None:
-    from ume_models.commands import doctor
+    from ume_models.cli import doctor
 
     real = doctor._version
     monkeypatch.setattr(

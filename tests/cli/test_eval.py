@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ume_models.cli import app
-from ume_models.commands.evaluate import _share_of_cores
+from ume_models.cli.eval.run import _share_of_cores
 from ume_models.mmeb.embeddings import task_embeddings
 from ume_models.mmeb.miniature import write_miniature
 from ume_models.mmeb.team import LoneTeam

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from ume_models.commands.bench.plots import Plot
-from ume_models.commands.bench.tables import Table
+from ume_models.cli.bench.plots import Plot
+from ume_models.cli.bench.tables import Table
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Part:
 def render_page(parts: Sequence[Part]) -> str:
     """The page; plots are inside it, texts are escaped."""
     environment = Environment(
-        loader=PackageLoader("ume_models.commands.bench"),
+        loader=PackageLoader("ume_models.cli.bench"),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,

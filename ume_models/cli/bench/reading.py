@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ume_models.commands.bench.figures import Figure, Results, Role
+from ume_models.cli.bench.figures import Figure, Results, Role
 from ume_models.errors import DataError
 
 _STATS = ("min", "median", "max", "rounds")

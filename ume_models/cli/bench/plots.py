@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ume_models.atomic import replacing
-from ume_models.commands.bench.curves import curves, latency, throughput
-from ume_models.commands.bench.figures import Results
-from ume_models.commands.bench.strips import roofline_plot, speed_up_plot, speed_ups
+from ume_models.cli.bench.curves import curves, latency, throughput
+from ume_models.cli.bench.figures import Results
+from ume_models.cli.bench.strips import roofline_plot, speed_up_plot, speed_ups
 
 MISSING = "no plots, tables only: matplotlib is not installed; pip install matplotlib"
 

@@ -6,28 +6,70 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-from rich.console import Console
-from rich.table import Table
+import typer
 
-from ume_models import encode
-from ume_models.commands import machine
-from ume_models.commands.console import messages, results
-from ume_models.commands.demo_gallery import demo_gallery
-from ume_models.commands.demo_tasks import DemoTask, load_tasks
-from ume_models.commands.encoding import BUNDLED, EncodingOptions, load_model
-from ume_models.commands.outcome import failures_reported
-from ume_models.commands.output_file import refuse_folder, write_output
-from ume_models.embedder import Embedder
-from ume_models.retrieval import ExactIndex, RankingQuality, SearchResult, ranking_quality
-from ume_models.retrieval.gallery import render_gallery
+from ume_models import machine
+from ume_models.cli.options import (
+    BUNDLED,
+    EncodingOptions,
+    FamilyOption,
+    ModelOption,
+    ProfileOption,
+    path_option,
+)
+from ume_models.cli.output_file import refuse_folder, write_output
+from ume_models.cli.terminal import log, results, tell
+
+if TYPE_CHECKING:
+    import torch
+
+    from ume_models.assets import Task
+    from ume_models.embedder import Embedder
+    from ume_models.processing import Item
+    from ume_models.retrieval import RankingQuality, SearchResult
+    from ume_models.retrieval.gallery import Card, QueryBlock, Section
 
 _TOP = 10
-_BUNDLED = "the bundled model, which is small and knows these kinds of pictures only"
+_QUERIES_SHOWN = 8
+_RESULTS_SHOWN = 5
 # The reference engine works item by item. A slow machine stops it after the task in which this
 # much time is over, and the comparison then covers the tasks that both engines have done.
 _REFERENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class DemoTask:
+    """Queries, what they are ranked against, and the right answers.
+
+    Attributes:
+        name: identifies the task.
+        kind: what is asked with and what is found, as in "text→image".
+        queries, candidates: items; ids are unique within the task.
+        relevant: ids of the candidates that answer each query.
+    """
+
+    name: str
+    kind: str
+    queries: Sequence[Item]
+    candidates: Sequence[Item]
+    relevant: Sequence[frozenset[str]]
+
+    @classmethod
+    def shipped(cls, task: Task, queries: int | None) -> DemoTask:
+        """With so many of its queries, None for all; candidates are never reduced, which would
+        make the task easier.
+        """
+        from ume_models.processing import parse_item
+
+        return cls(
+            task.name,
+            task.kind,
+            [parse_item(item, index) for index, item in enumerate(task.queries[:queries])],
+            [parse_item(item, index) for index, item in enumerate(task.candidates)],
+            [frozenset(ids) for ids in task.relevant[:queries]],
+        )
 
 
 @dataclass(frozen=True)
@@ -91,47 +133,83 @@ class Agreement:
     same_top_10: float
 
 
-def run(html: Path, options: EncodingOptions, queries: int | None, engine: str) -> None:
-    """Embed, rank, compare, print and write the gallery; ``engine`` is one, or "both"."""
-    with failures_reported():
-        refuse_folder(html)
-        tasks = load_tasks(queries)
-        names = ["fast", "reference"] if engine == "both" else [engine]
-        load = machine.load_average()
-        runs = _run_engines(names, options, tasks)
-        done = runs[0].tasks
-        qualities = [
-            ranking_quality(finished.ranking.ids, task.relevant, len(task.candidates))
-            for task, finished in zip(tasks, done, strict=False)
-        ]
-        lines = [*_run_lines(runs, len(tasks)), f"Machine: {_machine_line(runs[0], load)}"]
-        console = results()
-        _print_quality(console, tasks, qualities, runs[0].name)
-        for line in lines:
-            console.print(line, soft_wrap=True)
-        page = demo_gallery(
-            tasks[: len(done)],
-            [finished.ranking for finished in done],
-            qualities,
-            lines,
-            _BUNDLED if options.model == BUNDLED else f"the model {options.model}",
-        )
-        write_output(html, render_gallery(page))
-        place = html.resolve()
-        console.print(f"\nGallery of the queries and what was found: {place}", soft_wrap=True)
+def demo(
+    html: Annotated[
+        Path, path_option("--html", help="Where to write the gallery.", metavar="FILE")
+    ] = Path("ume-demo.html"),
+    model: ModelOption = None,
+    family: FamilyOption = None,
+    profile: ProfileOption = None,
+    queries: Annotated[
+        int | None,
+        typer.Option(min=1, help="Queries per task.", metavar="N", show_default="all"),
+    ] = None,
+    engine: Annotated[
+        Literal["both", "fast", "reference"],
+        typer.Option(help="What to run; only both can be compared."),
+    ] = "both",
+) -> None:
+    """Try it: embed the shipped examples, rank them, compare both engines, show pictures.
+
+    Needs no data, no network and no GPU, and takes well under two minutes.
+
+    [bold]Example[/]
+
+        ume demo --html gallery.html
+    """
+    from ume_models.assets import heldout
+    from ume_models.cli.encoding import SMALL
+    from ume_models.retrieval import ranking_quality
+    from ume_models.retrieval.gallery import Gallery, render_gallery
+
+    refuse_folder(html)
+    options = EncodingOptions(model=model or BUNDLED, family=family, profile=profile)
+    tasks = [DemoTask.shipped(task, queries) for task in heldout().tasks]
+    names = ["fast", "reference"] if engine == "both" else [engine]
+    load = machine.load_average()
+    runs = _run_engines(names, options, tasks)
+    done = runs[0].tasks
+    qualities = [
+        ranking_quality(finished.ranking.ids, task.relevant, len(task.candidates))
+        for task, finished in zip(tasks, done, strict=False)
+    ]
+    lines = [*_run_lines(runs, len(tasks)), f"Machine: {_machine_line(runs[0], load)}"]
+    _print_quality(tasks, qualities, runs[0].name)
+    console = results()
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    page = Gallery(
+        title="ume demo",
+        lead="Held-out queries and the best results of the model "
+        f"{options.model}. The right answer is marked.",
+        remarks=[SMALL] * (options.model == BUNDLED) + lines,
+        sections=[
+            _section(task, finished.ranking, quality)
+            for task, finished, quality in zip(tasks, done, qualities, strict=True)
+        ],
+    )
+    write_output(html, render_gallery(page))
+    place = html.resolve()
+    console.print(f"\nGallery of the queries and what was found: {place}", soft_wrap=True)
 
 
 def _run_engines(
     names: Sequence[str], options: EncodingOptions, tasks: Sequence[DemoTask]
 ) -> list[EngineRun]:
     """Every engine over the tasks, taking turns, so that a busy machine slows all of them."""
-    models = {name: load_model(replace(options, engine=name)) for name in names}
+    from ume_models import encode
+    from ume_models.cli.encoding import SMALL, load_model, require_clips
+
+    models = {name: load_model(replace(options, engine=name), told=False) for name in names}
+    if options.model == BUNDLED:
+        log.warning(SMALL)
+    require_clips(models[names[0]], "or another model: some of the examples are clips")
     finished: dict[str, list[TaskRun]] = {name: [] for name in names}
     for model in models.values():
         # The first call allocates and builds what later calls reuse.
         encode.encode_detailed(model, [tasks[0].queries[0], tasks[0].candidates[0]], progress=False)
     for number, task in enumerate(tasks, start=1):
-        messages().print(f"task {number} of {len(tasks)}: {task.name}", markup=False)
+        tell(f"task {number} of {len(tasks)}: {task.name}")
         for name, model in models.items():
             spent = sum(done.seconds for done in finished[name])
             if name == "fast" or spent <= _REFERENCE_SECONDS:
@@ -143,6 +221,9 @@ def _run_engines(
 
 
 def _run_task(model: Embedder, task: DemoTask) -> TaskRun:
+    from ume_models import encode
+    from ume_models.retrieval import ExactIndex
+
     begun = time.perf_counter()
     items = [*task.queries, *task.candidates]
     embeddings = encode.encode_detailed(model, items, progress=False).embeddings
@@ -154,6 +235,8 @@ def _run_task(model: Embedder, task: DemoTask) -> TaskRun:
 
 def compare(one: EngineRun, other: EngineRun) -> Agreement:
     """Agreement of two runs over the same tasks."""
+    import torch
+
     ours, theirs = (torch.cat([task.embeddings for task in run.tasks]) for run in (one, other))
     pairs = [
         (mine, yours)
@@ -170,8 +253,11 @@ def compare(one: EngineRun, other: EngineRun) -> Agreement:
 
 
 def _print_quality(
-    console: Console, tasks: Sequence[DemoTask], qualities: Sequence[RankingQuality], engine: str
+    tasks: Sequence[DemoTask], qualities: Sequence[RankingQuality], engine: str
 ) -> None:
+    from rich.table import Table
+
+    console = results()
     table = Table(title=f"Held-out retrieval, {engine} engine", title_justify="left")
     for name in ("task", "kind"):
         table.add_column(name, no_wrap=True)
@@ -238,6 +324,8 @@ def _speed_line(run: EngineRun) -> str:
 
 
 def _machine_line(run: EngineRun, load: float | None) -> str:
+    import torch
+
     if torch.cuda.is_available():
         place = torch.cuda.get_device_name()
     else:
@@ -249,3 +337,46 @@ def _machine_line(run: EngineRun, load: float | None) -> str:
             "at the beginning), so the times are not to be relied on"
         )
     return line
+
+
+def _section(task: DemoTask, ranking: SearchResult, quality: RankingQuality) -> Section:
+    from ume_models.retrieval.gallery import Section
+
+    shown = min(_QUERIES_SHOWN, len(task.queries))
+    return Section(
+        title=f"{task.kind} ({task.name})",
+        facts=[
+            ("queries", f"{quality.queries}" + (f", {shown} shown" * (shown < quality.queries))),
+            ("candidates", str(quality.candidates)),
+            ("hit@1", f"{quality.hit_at_1:.2f}"),
+            ("hit@5", f"{quality.hit_at_5:.2f}"),
+            ("MRR", f"{quality.mrr:.2f}"),
+            ("hit@1 by chance", f"{quality.chance:.3f}"),
+        ],
+        blocks=[_block(task, ranking, position) for position in range(shown)],
+    )
+
+
+def _block(task: DemoTask, ranking: SearchResult, position: int) -> QueryBlock:
+    from ume_models.retrieval.gallery import Found, QueryBlock
+    from ume_models.retrieval.metrics import best_rank
+
+    relevant = task.relevant[position]
+    ids = ranking.ids[position]
+    rows = ranking.rows[position, :_RESULTS_SHOWN].tolist()
+    scores = ranking.scores[position, :_RESULTS_SHOWN].tolist()
+    found = [
+        Found(_card(task.candidates[row]), score, task.candidates[row].id in relevant)
+        for row, score in zip(rows, scores, strict=True)
+    ]
+    first = best_rank(ids, relevant)
+    note = (
+        "right answer not among the candidates" if first is None else f"right answer: rank {first}"
+    )
+    return QueryBlock(_card(task.queries[position]), found, note, first == 1)
+
+
+def _card(item: Item) -> Card:
+    from ume_models.retrieval.gallery import Card
+
+    return Card(item.id, item.text, item.images, item.video or ())

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ume_models.commands.bench.figures import Figure, Role, best, groups
-from ume_models.commands.bench.style import COLOURS, FAINT, INK, MARKERS, NAMES, axes, legend
-from ume_models.commands.bench.style import logarithmic as logarithmic_axis
+from ume_models.cli.bench.figures import Figure, Role, best, groups
+from ume_models.cli.bench.style import COLOURS, FAINT, INK, MARKERS, NAMES, axes, legend
+from ume_models.cli.bench.style import logarithmic as logarithmic_axis
 
 _OTHERS: tuple[Role, ...] = ("reference", "rival")
 _BEST = {"reference": "than the reference path", "rival": "than the best rival"}

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from ume_models.commands.console import results
-from ume_models.commands.outcome import ExitCode, failures_reported
+from ume_models.cli.terminal import ExitCode, results
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +39,7 @@ class Finding:
         suits: repositories whose scripts run such a checkpoint.
         fast_engine: what ``ume_models.load`` makes of it: "loads", and "embedder" and "profile" or
             the "reason" why it does not.
+        refused: it does not, although there are weights.
     """
 
     checkpoint: str
@@ -52,6 +50,7 @@ class Finding:
     problems: tuple[str, ...]
     suits: tuple[str, ...]
     fast_engine: dict[str, Any]
+    refused: bool
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable content."""
@@ -63,19 +62,19 @@ class Finding:
         }
 
 
-def run(model: str, as_json: bool, family: str | None = None, profile: str | None = None) -> None:
-    """Print the report; exits with 1 when the checkpoint cannot be accelerated."""
-    with failures_reported():
-        found = examine(model, family, profile)
-        if as_json:
-            print(json.dumps(found.as_dict(), indent=1, ensure_ascii=False))
-        else:
-            _show(found)
-    raise typer.Exit(ExitCode.FAILED if found.problems else ExitCode.OK)
+def run(model: str | None, as_json: bool, family: str | None, profile: str | None) -> None:
+    """Print the report; exits with 1 when the checkpoint cannot be accelerated or is refused."""
+    found = examine(model, family, profile)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        _show(found)
+    failed = found.problems or found.refused
+    raise typer.Exit(ExitCode.FAILED if failed else ExitCode.OK)
 
 
-def examine(model: str, family: str | None = None, profile: str | None = None) -> Finding:
-    """Look at the files of a checkpoint; of the weights only their headers.
+def examine(model: str | None, family: str | None, profile: str | None) -> Finding:
+    """Look at the files of a checkpoint, None for the bundled one; of the weights only headers.
 
     ``family`` and ``profile`` are those with which it would be loaded.
 
@@ -101,6 +100,7 @@ def examine(model: str, family: str | None = None, profile: str | None = None) -
     problems = [f"{problem.reason}; {problem.remedy}" for problem in plan.problems]
     if raw.get("quantization_config"):
         problems.append("its weights are quantised; use a checkpoint in bfloat16 or float32")
+    fast_engine, refused = _loaded(directory, family, profile)
     return Finding(
         checkpoint=str(directory),
         family=str(raw["model_type"]),
@@ -109,7 +109,8 @@ def examine(model: str, family: str | None = None, profile: str | None = None) -
         report=PatchReport(type(module).__name__, "this checkpoint", entries, planned=True),
         problems=tuple(problems),
         suits=_suited(directory, home, adapter),
-        fast_engine=_loaded(directory, family, profile),
+        fast_engine=fast_engine,
+        refused=refused,
     )
 
 
@@ -170,24 +171,32 @@ def _suited(directory: Path, home: Path, adapter: bool) -> tuple[str, ...]:
     return ("ume-r1", "plume-train") if reasons else ("vlm2vec", "plume-train")
 
 
-def _loaded(directory: Path, family: str | None, profile: str | None) -> dict[str, Any]:
+def _loaded(
+    directory: Path, family: str | None, profile: str | None
+) -> tuple[dict[str, Any], bool]:
+    """What ``load`` makes of it, and whether it refuses what is here; weights may be elsewhere."""
     from ume_models.backbone.checkpoint import weight_files
     from ume_models.embedders.loading import examine
     from ume_models.errors import UmeError
 
+    complete = False
     try:
+        if not (directory / "adapter_config.json").is_file():
+            weight_files(directory)
+        complete = True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what load says while it loads
-            if not (directory / "adapter_config.json").is_file():
-                weight_files(directory)
             model = examine(directory, family, profile)
     except UmeError as error:
-        return {"loads": False, "reason": str(error)}
+        return {"loads": False, "reason": str(error)}, complete
     told = {"embedder": model.family, "profile": model.profile.name}
-    return {"loads": True, "reason": "", **told}
+    return {"loads": True, "reason": "", **told}, False
 
 
 def _show(found: Finding) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
     console, fast = results(), found.fast_engine["reason"]
     if not fast:
         named = "family {embedder}, profile {profile}".format(**found.fast_engine)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ume_models.atomic import write_atomically
-from ume_models.commands.bench.figures import Results
+from ume_models.cli.bench.figures import Results
 from ume_models.errors import DataError
 
 

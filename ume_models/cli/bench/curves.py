@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ume_models.commands.bench.figures import Figure, Role
-from ume_models.commands.bench.style import COLOURS, MARKERS, axes, legend, logarithmic
+from ume_models.cli.bench.figures import Figure, Role
+from ume_models.cli.bench.style import COLOURS, MARKERS, axes, legend, logarithmic
 
 _LINES = ("-", "--")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ume_models.commands.bench.figures import Role
+from ume_models.cli.bench.figures import Role
 
 COLOURS: dict[Role, str] = {
     "ours": "#1f5fbf", "reference": "#6b7280", "rival": "#d97706", "ablation": "#7e57c2",

@@ -5,22 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import platform
-import re
-import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 import ume_models
-from ume_models.commands import machine
-from ume_models.commands.console import results
-from ume_models.commands.outcome import ExitCode
+from ume_models import machine
+from ume_models.cli.options import FamilyOption, ProfileOption
+from ume_models.cli.terminal import ExitCode, results
 
 _REQUIRED = {
     "torch": "torch",
@@ -81,17 +75,49 @@ def examine() -> Report:
     )
 
 
-def run(as_json: bool) -> None:
-    """Print the report; exits with 1 when something needed is missing."""
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Checkpoint folder or hub id: what could be accelerated in it, instead.",
+        ),
+    ] = None,
+    family: FamilyOption = None,
+    profile: ProfileOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable report.")] = False,
+) -> None:
+    """Show versions, devices, what would run here and why, and what is missing.
+
+    Ends with 0 when the package can be used, else with 1.
+
+    With MODEL: what ume_models.accelerate would replace in that checkpoint on this machine, which
+    repositories' scripts it suits, and whether ume_models.load takes it. The weights are not read.
+    Ends with 1 when it cannot be accelerated, or load refuses it. --family or --profile without
+    MODEL ask about the bundled one.
+
+    [bold]Examples[/]
+
+        ume doctor
+
+        ume doctor PLUME-2B --json
+    """
+    if model or family or profile:
+        from ume_models.cli import doctor_model
+
+        doctor_model.run(model, as_json, family, profile)
+        return
     report = examine()
     if as_json:
-        print(json.dumps({"usable": report.usable, **asdict(report)}, indent=1, ensure_ascii=False))
+        print(json.dumps({"usable": report.usable, **asdict(report)}, indent=1))
     else:
         _show(report)
     raise typer.Exit(ExitCode.OK if report.usable else ExitCode.FAILED)
 
 
 def _packages() -> list[Finding]:
+    import platform
+
     found = [
         Finding("ume", ume_models.__version__),
         Finding("python", f"{platform.python_version()} ({sys.executable})"),
@@ -126,6 +152,10 @@ def _pyarrow() -> Finding:
 
 
 def _compiler() -> Finding:
+    import re
+    import shutil
+    import subprocess
+
     path = shutil.which("nvcc") or shutil.which(
         "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     )
@@ -208,6 +238,8 @@ def _bundled_checkpoint() -> Finding:
 
 
 def _version(distribution: str) -> str:
+    from importlib import metadata
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -218,6 +250,9 @@ _SIGNS = {True: "[green]ok[/]", None: "[yellow]--[/]", False: "[red]NO[/]"}
 
 
 def _show(report: Report) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
     console = results()
     groups = {
         "Versions": report.versions,
