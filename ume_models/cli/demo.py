@@ -134,20 +134,18 @@ class Agreement:
 
 
 def demo(
-    html: Annotated[
-        Path, path_option("--html", help="Where to write the gallery.", metavar="FILE")
-    ] = Path("ume-demo.html"),
+    html: Annotated[Path, path_option(
+        "--html", help="Where to write the gallery.", metavar="FILE"
+    )] = Path("ume-demo.html"),
     model: ModelOption = None,
     family: FamilyOption = None,
     profile: ProfileOption = None,
-    queries: Annotated[
-        int | None,
-        typer.Option(min=1, help="Queries per task.", metavar="N", show_default="all"),
-    ] = None,
-    engine: Annotated[
-        Literal["both", "fast", "reference"],
-        typer.Option(help="What to run; only both can be compared."),
-    ] = "both",
+    queries: Annotated[int | None, typer.Option(
+        min=1, help="Queries per task.", metavar="N", show_default="all"
+    )] = None,
+    engine: Annotated[Literal["both", "fast", "reference"], typer.Option(
+        help="What to run; only both can be compared."
+    )] = "both",
 ) -> None:
     """Try it: embed the shipped examples, rank them, compare both engines, show pictures.
 

@@ -18,40 +18,31 @@ _SHOWN = 10
 
 @takes(encoding=encoding_options)
 def embed(
-    items: Annotated[
-        str,
-        typer.Argument(
-            metavar="ITEMS",
-            help="A file with one JSON object per line: text, image | images | video (a list of "
-            "frames), instruction, id; paths are relative to its folder. Or a folder of pictures "
-            "(.jpg, .png, …) and texts (.txt, .md), whose ids are their paths in it. "
-            "Or - for such lines on standard input.",
-        ),
-    ],
-    output: Annotated[
-        Path, path_option("--output", "-o", metavar="DIR", help="Folder for the embeddings.")
-    ],
+    items: Annotated[str, typer.Argument(
+        metavar="ITEMS",
+        help="A file with one JSON object per line: text, image | images | video (a list of "
+        "frames), instruction, id; paths are relative to its folder. Or a folder of pictures "
+        "(.jpg, .png, …) and texts (.txt, .md), whose ids are their paths in it. "
+        "Or - for such lines on standard input.",
+    )],
+    output: Annotated[Path, path_option(
+        "--output", "-o", metavar="DIR", help="Folder for the embeddings."
+    )],
     encoding: Any,
-    shard_size: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Items per shard; a stopped run loses at most one shard. Small shards cost speed: "
-            "batches do not reach across them.",
-        ),
-    ] = 1024,
+    shard_size: Annotated[int, typer.Option(
+        min=1,
+        metavar="N",
+        help="Items per shard; a stopped run loses at most one shard. Small shards cost speed: "
+        "batches do not reach across them.",
+    )] = 1024,
     workers: WorkersOption = 2,
-    on_error: Annotated[
-        OnError,
-        typer.Option(
-            help="What to do with an item that cannot be embedded; skips are recorded and last "
-            "until --overwrite. Two items with one id always stop."
-        ),
-    ] = "stop",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew and replace the embeddings in DIR.")
-    ] = False,
+    on_error: Annotated[OnError, typer.Option(
+        help="What to do with an item that cannot be embedded; skips are recorded and last "
+        "until --overwrite. Two items with one id always stop."
+    )] = "stop",
+    overwrite: Annotated[bool, typer.Option(
+        "--overwrite", help="Start anew and replace the embeddings in DIR."
+    )] = False,
 ) -> None:
     """Embed a file or a folder of items. A stopped run goes on where it was.
 
@@ -89,14 +80,9 @@ def embed(
                     rows = store.item_range(shard)
                     with progress.part(len(rows)) as within:
                         content = embed_rows(
-                            model,
-                            lines,
-                            rows,
-                            batch_tokens=encoding.batch_tokens,
-                            on_error=on_error,
-                            workers=workers,
-                            progress=within,
-                        )
+                            model, lines, rows, batch_tokens=encoding.batch_tokens,
+                            on_error=on_error, workers=workers, progress=within,
+                        )  # fmt: skip
                         store.write(shard, content)
             skipped = store.skipped()
     made = _count(len(lines) - len(skipped), "embedding")

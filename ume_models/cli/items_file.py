@@ -248,7 +248,7 @@ def _lines_of_folder(folder: Path, leave_out: Path | None) -> Iterator[bytes]:
             name for name in folders
             if name[0] != "." and (leave_out is None or not _same(Path(root, name), leave_out))
         )  # fmt: skip
-        for name in sorted(names):
+        for name in sorted(name for name in names if name[0] != "."):
             path = Path(root, name)
             id, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
             fields = {"id": id, "image": id} if suffix in _PICTURES else None
@@ -259,7 +259,7 @@ def _lines_of_folder(folder: Path, leave_out: Path | None) -> Iterator[bytes]:
                     id += " (not UTF-8)"
             if fields is not None:
                 yield json.dumps(fields).encode() + b"\n"
-            elif name[0] != ".":
+            else:
                 others.append(id)
     if others:
         more = f" and {len(others) - _SHOWN} more" * (len(others) > _SHOWN)

@@ -49,45 +49,34 @@ def path_option(*names: str, metavar: str, **told: Any) -> Any:
     return typer.Option(*names, metavar=metavar, parser=named_path, **told)
 
 
-def _model(**told: Any) -> Any:
-    return typer.Option(rich_help_panel=MODEL_PANEL, **told)
+def _model(text: str, **told: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel=MODEL_PANEL, **told)
 
 
-def _plume(**told: Any) -> Any:
-    return typer.Option(rich_help_panel="PLUME", show_default="the model's", **told)
+def _plume(text: str, **told: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel="PLUME", show_default="the model's", **told)
 
 
-ModelOption = Annotated[
-    str | None,
-    _model(help="Checkpoint folder or hub id.", metavar="PATH", show_default="the bundled one"),
-]
-FamilyOption = Annotated[
-    str | None,
-    _model(
-        help="Which embedder it is: plume, ume_r1, vlm2vec, gme or lamra.",
-        metavar="NAME",
-        show_default="as the checkpoint says",
-    ),
-]
-ProfileOption = Annotated[
-    str | None,
-    _model(
-        help="Convention of prompts, pixels and taps. Embeddings of two are never mixed.",
-        metavar="NAME",
-        show_default="as the checkpoint says",
-    ),
-]
-DeviceOption = Annotated[
-    str, _model(help="Where to compute: auto, cpu, cuda, cuda:1, …", metavar="DEVICE")
-]
-HtmlOption = Annotated[
-    Path | None,
-    path_option("--html", help="Write a page with pictures of the results.", metavar="FILE"),
-]
-WorkersOption = Annotated[
-    int,
-    typer.Option(min=0, metavar="N", help="Threads that read and decode media ahead of the model."),
-]
+ModelOption = Annotated[str | None, _model(
+    "Checkpoint folder or hub id.", metavar="PATH", show_default="the bundled one"
+)]
+FamilyOption = Annotated[str | None, _model(
+    "Which embedder it is: plume, ume_r1, vlm2vec, gme or lamra.",
+    metavar="NAME", show_default="as the checkpoint says",
+)]
+ProfileOption = Annotated[str | None, _model(
+    "Convention of prompts, pixels and taps. Embeddings of two are never mixed.",
+    metavar="NAME", show_default="as the checkpoint says",
+)]
+DeviceOption = Annotated[str, _model(
+    "Where to compute: auto, cpu, cuda, cuda:1, …", metavar="DEVICE"
+)]
+HtmlOption = Annotated[Path | None, path_option(
+    "--html", help="Write a page with pictures of the results.", metavar="FILE"
+)]
+WorkersOption = Annotated[int, typer.Option(
+    min=0, metavar="N", help="Threads that read and decode media ahead of the model."
+)]
 
 
 @dataclass(frozen=True)
@@ -145,57 +134,36 @@ def encoding_options(
     model: ModelOption = None,
     family: FamilyOption = None,
     profile: ProfileOption = None,
-    engine: Annotated[
-        Literal["fast", "reference"],
-        _model(help="'reference' follows the official code step by step, slowly."),
-    ] = "fast",
+    engine: Annotated[Literal["fast", "reference"], _model(
+        "'reference' follows the official code step by step, slowly."
+    )] = "fast",
     device: DeviceOption = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        _model(help="Number format of the model."),
-    ] = "auto",
-    multi_image: Annotated[
-        Literal["all", "first"] | None,
-        _model(
-            help="Items with several images: all of them, or the first as PLUME's evaluation does.",
-            show_default="the profile's",
-        ),
-    ] = None,
-    batch_tokens: Annotated[
-        int | None,
-        _model(
-            min=1,
-            help="Tokens per batch; lower needs less memory.",
-            metavar="N",
-            show_default="by device",
-        ),
-    ] = None,
-    mode: Annotated[
-        Literal["gen", "disc", "last"] | None,
-        _plume(help="gen: after the latent steps; disc: before them; last: last token."),
-    ] = None,
-    latent_steps: Annotated[int | None, _plume(min=0, help="Latent steps.", metavar="K")] = None,
-    context: Annotated[
-        Literal["disc", "prefix_last", "none"] | None,
-        _plume(help="What the router sees beside the latent state."),
-    ] = None,
-    disc_offset: Annotated[
-        int | None,
-        _plume(
-            min=0,
-            max=1,
-            metavar="N",
-            help="With --mode disc: 0 reads <disc_emb> as in training, 1 the token after it as the "
-            "official evaluation.",
-        ),
-    ] = None,
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], _model(
+        "Number format of the model."
+    )] = "auto",
+    multi_image: Annotated[Literal["all", "first"] | None, _model(
+        "Items with several images: all of them, or the first as PLUME's evaluation does.",
+        show_default="the profile's",
+    )] = None,
+    batch_tokens: Annotated[int | None, _model(
+        "Tokens per batch; lower needs less memory.", min=1, metavar="N", show_default="by device"
+    )] = None,
+    mode: Annotated[Literal["gen", "disc", "last"] | None, _plume(
+        "gen: after the latent steps; disc: before them; last: last token."
+    )] = None,
+    latent_steps: Annotated[int | None, _plume("Latent steps.", min=0, metavar="K")] = None,
+    context: Annotated[Literal["disc", "prefix_last", "none"] | None, _plume(
+        "What the router sees beside the latent state."
+    )] = None,
+    disc_offset: Annotated[int | None, _plume(
+        "With --mode disc: 0 reads <disc_emb> as in training, 1 the token after it as the official "
+        "evaluation.",
+        min=0, max=1, metavar="N",
+    )] = None,
 ) -> EncodingOptions:
     """How items are embedded, as options of a command."""
     of_family = {
-        "mode": mode,
-        "latent_steps": latent_steps,
-        "context": context,
-        "disc_offset": disc_offset,
+        "mode": mode, "latent_steps": latent_steps, "context": context, "disc_offset": disc_offset
     }
     return EncodingOptions(
         model=model or BUNDLED,

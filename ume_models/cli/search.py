@@ -36,41 +36,31 @@ _TEXT_SHOWN = 70
 
 
 def search(
-    index: Annotated[
-        Path, path_option("--index", metavar="DIR", help="Folder written by `ume embed`.")
-    ],
-    query: Annotated[
-        str | None, typer.Argument(metavar="[QUERY]", help="Text to search for.")
-    ] = None,
-    image: Annotated[
-        Path | None,
-        path_option("--image", metavar="FILE", help="Picture to search for, alone or with QUERY."),
-    ] = None,
-    queries: Annotated[
-        str | None,
-        typer.Option(
-            metavar="Q.jsonl",
-            help="Many queries, in the format of items; a folder, or - for standard input.",
-        ),
-    ] = None,
+    index: Annotated[Path, path_option(
+        "--index", metavar="DIR", help="Folder written by `ume embed`."
+    )],
+    query: Annotated[str | None, typer.Argument(
+        metavar="QUERY", help="Text to search for.", show_default=False
+    )] = None,
+    image: Annotated[Path | None, path_option(
+        "--image", metavar="FILE", help="Picture to search for, alone or with QUERY."
+    )] = None,
+    queries: Annotated[str | None, typer.Option(
+        metavar="Q.jsonl",
+        help="Many queries, in the format of items; a folder, or - for standard input.",
+    )] = None,
     k: Annotated[int, typer.Option("-k", min=1, metavar="K", help="Results per query.")] = 10,
     html: HtmlOption = None,
-    json_to: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE|-", help="Write the results as JSON; - is stdout."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Where the checkpoint is now.",
-            metavar="PATH",
-            show_default="as recorded in the index",
-        ),
-    ] = None,
+    json_to: Annotated[str | None, typer.Option(
+        "--json", metavar="FILE|-", help="Write the results as JSON; - is stdout."
+    )] = None,
+    model: Annotated[str | None, typer.Option(
+        help="Where the checkpoint is now.", metavar="PATH", show_default="as recorded in the index"
+    )] = None,
     device: DeviceOption = "auto",
-    index_type: Annotated[
-        Literal["exact", "faiss"], typer.Option(help="faiss needs: pip install faiss-cpu")
-    ] = "exact",
+    index_type: Annotated[Literal["exact", "faiss"], typer.Option(
+        help="faiss needs: pip install faiss-cpu"
+    )] = "exact",
     workers: WorkersOption = 2,
 ) -> None:
     """Rank the items of an index for a query, or for each query of a file.
@@ -179,13 +169,9 @@ def _embed_queries(
             kind=ErrorKind.OTHER_SETTINGS,
         )
     shard = embed_rows(
-        loaded,
-        queries,
-        range(len(queries)),
-        batch_tokens=options.batch_tokens,
-        on_error="stop",
+        loaded, queries, range(len(queries)), batch_tokens=options.batch_tokens, on_error="stop",
         workers=workers,
-    )
+    )  # fmt: skip
     if not bool(shard.embeddings.isfinite().all()):
         raise UmeError(
             "an embedding of a query is not finite: the weights hold NaN or infinity",

@@ -24,29 +24,20 @@ def _bench() -> None:
 
 @app.command(cls=Command)
 def report(
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RESULTS.json",
-            help="What `pytest benchmarks --benchmark-only --benchmark-json=FILE` wrote, a GPU "
-            "session, or a kept file.",
-        ),
-    ],
-    output: Annotated[
-        Path | None,
-        path_option(
-            "--output", "-o", metavar="DIR", help="Write tables, a page and plots there, too."
-        ),
-    ] = None,
-    keep: Annotated[
-        Path | None,
-        path_option(
-            "--keep",
-            metavar="PATH",
-            help="Write what is worth keeping, without the names of machine and user: a folder "
-            "(then the name has machine and date) or a .json file.",
-        ),
-    ] = None,
+    files: Annotated[list[Path], typer.Argument(
+        metavar="RESULTS.json",
+        help="What `pytest benchmarks --benchmark-only --benchmark-json=FILE` wrote, a GPU "
+        "session, or a kept file.",
+    )],
+    output: Annotated[Path | None, path_option(
+        "--output", "-o", metavar="DIR", help="Write tables, a page and plots there, too."
+    )] = None,
+    keep: Annotated[Path | None, path_option(
+        "--keep",
+        metavar="PATH",
+        help="Write what is worth keeping, without the names of machine and user: a folder (then "
+        "the name has machine and date) or a .json file.",
+    )] = None,
 ) -> None:
     """Tables and plots of benchmark results. Without matplotlib there are no plots.
 

@@ -44,34 +44,26 @@ def run(
     encoding: Any,
     data: DataOption = None,
     output: OutputOption = None,
-    embeddings: Annotated[
-        Path | None,
-        path_option(
-            "--embeddings",
-            metavar="DIR",
-            help="Instead of a model: score embeddings that another program stored, as "
-            "TASK/queries.npy, candidates.npy, candidates.json; or the official TASK_qry, "
-            "TASK_tgt, TASK_info.jsonl.",
-        ),
-    ] = None,
-    legacy_ndcg: Annotated[
-        bool,
-        typer.Option(
-            "--legacy-ndcg",
-            help="Pair graded relevance with pages as the official metric does.",
-        ),
-    ] = False,
+    embeddings: Annotated[Path | None, path_option(
+        "--embeddings",
+        metavar="DIR",
+        help="Instead of a model: score embeddings that another program stored, as "
+        "TASK/queries.npy, candidates.npy, candidates.json; or the official TASK_qry, TASK_tgt, "
+        "TASK_info.jsonl.",
+    )] = None,
+    legacy_ndcg: Annotated[bool, typer.Option(
+        "--legacy-ndcg", help="Pair graded relevance with pages as the official metric does."
+    )] = False,
     workers: DecodersOption = None,
-    top: Annotated[
-        int, typer.Option(min=10, help="Places of each ranking to keep.", metavar="N")
-    ] = 100,
-    on_error: Annotated[
-        OnError,
-        typer.Option(help="skip: tasks with unusable data are listed as missing, others go on."),
-    ] = "stop",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew and replace the results in DIR.")
-    ] = False,
+    top: Annotated[int, typer.Option(
+        min=10, metavar="N", help="Places of each ranking to keep."
+    )] = 100,
+    on_error: Annotated[OnError, typer.Option(
+        help="skip: tasks with unusable data are listed as missing, others go on."
+    )] = "stop",
+    overwrite: Annotated[bool, typer.Option(
+        "--overwrite", help="Start anew and replace the results in DIR."
+    )] = False,
     gallery: GalleryOption = 3,
 ) -> None:
     """Evaluate on MMEB-v2, MMEB-V1 or M-BEIR. A stopped run goes on where it was.
@@ -111,13 +103,7 @@ def run(
         if embeddings is not None:
             with EvalProgress() as progress:
                 summary = score_folder(
-                    embeddings,
-                    tasks,
-                    output,
-                    data=root,
-                    options=options,
-                    progress=progress,
-                    **how,
+                    embeddings, tasks, output, data=root, options=options, progress=progress, **how
                 )
         else:
             root, summary = _evaluate(data, tasks, output, encoding, options, workers is None, how)
@@ -159,16 +145,9 @@ def _evaluate(
             tell(f"family: {model.family}, profile: {model.profile.name}")
         with EvalProgress() as shown:
             return root, evaluate(
-                model,
-                tasks,
-                root,
-                output,
-                name=encoding.model,
-                options=options,
-                team=team,
-                progress=shown if team.leads else Progress(),
-                **how,
-            )
+                model, tasks, root, output, name=encoding.model, options=options, team=team,
+                progress=shown if team.leads else Progress(), **how,
+            )  # fmt: skip
     finally:
         team.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,32 +18,34 @@ if TYPE_CHECKING:
     from ume_models.mmeb.tasks import Task
 
 MINIATURE = "miniature"
-_DATA, _WHAT = "Data", "Tasks"
+_DATA = "Data"
 
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ROOT",
-        help="Folder with image-tasks, video-tasks and visdoc-tasks, as published; or the word "
-        "miniature for a small one of all tasks, made on the spot.",
-        rich_help_panel=_DATA,
-    ),
-]
-OutputOption = Annotated[
-    Path | None, path_option("--output", "-o", metavar="DIR", help="Folder for the results.")
-]
-DecodersOption = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        help="Threads that read and decode media ahead of the model.",
-        metavar="N",
-        show_default="2; on a GPU its share of the cores, up to 8",
-    ),
-]
-GalleryOption = Annotated[
-    int, typer.Option(min=0, help="Failures per task shown in the page.", metavar="N")
-]
+DataOption = Annotated[str | None, typer.Option(
+    metavar="ROOT",
+    help="Folder with image-tasks, video-tasks and visdoc-tasks, as published; or the word "
+    "miniature for a small one of all tasks, made on the spot.",
+    rich_help_panel=_DATA,
+)]
+OutputOption = Annotated[Path | None, path_option(
+    "--output", "-o", metavar="DIR", help="Folder for the results."
+)]
+DecodersOption = Annotated[int | None, typer.Option(
+    min=0,
+    metavar="N",
+    help="Threads that read and decode media ahead of the model.",
+    show_default="2; on a GPU its share of the cores, up to 8",
+)]
+GalleryOption = Annotated[int, typer.Option(
+    min=0, metavar="N", help="Failures per task shown in the page."
+)]
+
+
+def _what(text: str, **told: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel="Tasks", **told)
+
+
+def _data(text: str, *names: str, **told: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=_DATA, **told)
 
 
 @dataclass(frozen=True)
@@ -81,79 +83,37 @@ class Selection:
 
 
 def selection_options(
-    benchmark: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="MMEB-v2, MMEB-v2-2026 (corrected, as on the leaderboard), MMEB-v1 or M-BEIR.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = "MMEB-v2",
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Names or groups, with commas: CIRR,V-RET. `ume eval list` shows them.",
-            show_default="all",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    modality: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAMES",
-            help="image, video, visdoc.",
-            show_default="all",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Only the first N queries of each task; candidates are never reduced.",
-            show_default="all",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Frames per video.",
-            show_default="the profile's, else 8",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    labels: Annotated[
-        Literal["fixed", "legacy"],
-        typer.Option(
-            help="legacy: the wrong page labels published first, for comparison with old scores.",
-            rich_help_panel=_DATA,
-        ),
-    ] = "fixed",
-    instructions: Annotated[
-        Literal["plume", "vlm2vec"],
-        typer.Option(help="Whose instructions; for ViDoRe, plume has none.", rich_help_panel=_DATA),
-    ] = "plume",
-    momentseeker_leak: Annotated[
-        bool,
-        typer.Option(
-            "--momentseeker-leak",
-            help="Missing query pictures of MomentSeeker: a frame of the answer, as PLUME does.",
-            rich_help_panel=_DATA,
-        ),
-    ] = False,
-    download: Annotated[
-        bool,
-        typer.Option(
-            "--download",
-            help="Fetch tables that are not below ROOT from the hub (not images and frames).",
-            rich_help_panel=_DATA,
-        ),
-    ] = False,
+    benchmark: Annotated[str, _what(
+        "MMEB-v2, MMEB-v2-2026 (corrected, as on the leaderboard), MMEB-v1 or M-BEIR.",
+        metavar="NAME",
+    )] = "MMEB-v2",
+    tasks: Annotated[list[str] | None, _what(
+        "Names or groups, with commas: CIRR,V-RET. `ume eval list` shows them.",
+        metavar="NAMES", show_default="all",
+    )] = None,
+    modality: Annotated[list[str] | None, _what(
+        "image, video, visdoc.", metavar="NAMES", show_default="all"
+    )] = None,
+    limit: Annotated[int | None, _what(
+        "Only the first N queries of each task; candidates are never reduced.",
+        min=1, metavar="N", show_default="all",
+    )] = None,
+    frames: Annotated[int | None, _data(
+        "Frames per video.", min=1, metavar="N", show_default="the profile's, else 8"
+    )] = None,
+    labels: Annotated[Literal["fixed", "legacy"], _data(
+        "legacy: the wrong page labels published first, for comparison with old scores."
+    )] = "fixed",
+    instructions: Annotated[Literal["plume", "vlm2vec"], _data(
+        "Whose instructions; for ViDoRe, plume has none."
+    )] = "plume",
+    momentseeker_leak: Annotated[bool, _data(
+        "Missing query pictures of MomentSeeker: a frame of the answer, as PLUME does.",
+        "--momentseeker-leak",
+    )] = False,
+    download: Annotated[bool, _data(
+        "Fetch tables that are not below ROOT from the hub (not images and frames).", "--download"
+    )] = False,
 ) -> Selection:
     """Tasks and their reading, as options of a command."""
     from ume_models.mmeb.dataset import ReadOptions
