@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ume_models.retrieval import RankingQuality, SearchResult
     from ume_models.retrieval.gallery import Card, QueryBlock, Section
 
-_TOP = 10
+_MEASURES = {"hit@1": "hit_at_1", "hit@5": "hit_at_5", "MRR": "mrr", "chance": "chance"}
 _QUERIES_SHOWN = 8
 _RESULTS_SHOWN = 5
 # The reference engine works item by item. A slow machine stops it after the task in which this
@@ -114,23 +114,6 @@ class EngineRun:
     def seconds(self) -> float:
         """Time of embedding them, after a warm-up."""
         return sum(task.seconds for task in self.tasks)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far two engines agree.
-
-    Attributes:
-        max_difference: largest absolute difference of two numbers.
-        min_cosine: smallest cosine of two embeddings of an item.
-        same_top_1, same_top_10: share of queries with the same best result, and with the same
-            ten best in the same order.
-    """
-
-    max_difference: float
-    min_cosine: float
-    same_top_1: float
-    same_top_10: float
 
 
 def demo(
@@ -231,25 +214,6 @@ def _run_task(model: Embedder, task: DemoTask) -> TaskRun:
     return TaskRun(embeddings, index.search(embeddings[:split], len(index)), seconds)
 
 
-def compare(one: EngineRun, other: EngineRun) -> Agreement:
-    """Agreement of two runs over the same tasks."""
-    import torch
-
-    ours, theirs = (torch.cat([task.embeddings for task in run.tasks]) for run in (one, other))
-    pairs = [
-        (mine, yours)
-        for left, right in zip(one.tasks, other.tasks, strict=True)
-        for mine, yours in zip(left.ranking.ids, right.ranking.ids, strict=True)
-    ]
-    cosines = torch.nn.functional.cosine_similarity(ours.double(), theirs.double(), dim=1)
-    return Agreement(
-        max_difference=float((ours - theirs).abs().max()),
-        min_cosine=float(cosines.min()),
-        same_top_1=sum(mine[0] == yours[0] for mine, yours in pairs) / len(pairs),
-        same_top_10=sum(mine[:_TOP] == yours[:_TOP] for mine, yours in pairs) / len(pairs),
-    )
-
-
 def _print_quality(
     tasks: Sequence[DemoTask], qualities: Sequence[RankingQuality], engine: str
 ) -> None:
@@ -259,25 +223,13 @@ def _print_quality(
     table = Table(title=f"Held-out retrieval, {engine} engine", title_justify="left")
     for name in ("task", "kind"):
         table.add_column(name, no_wrap=True)
-    for name in ("of", "hit@1", "hit@5", "MRR", "chance"):
+    for name in ("of", *_MEASURES):
         table.add_column(name, justify="right")
     for task, quality in zip(tasks, qualities, strict=True):
-        table.add_row(
-            task.name,
-            task.kind,
-            f"{quality.queries} × {quality.candidates}",
-            f"{quality.hit_at_1:.2f}",
-            f"{quality.hit_at_5:.2f}",
-            f"{quality.mrr:.2f}",
-            f"{quality.chance:.3f}",
-            end_section=task is tasks[-1],
-        )
-    hit_at_1, hit_at_5, mrr, chance = (
-        sum(getattr(quality, name) for quality in qualities) / len(qualities)
-        for name in ("hit_at_1", "hit_at_5", "mrr", "chance")
-    )
-    means = (f"{hit_at_1:.2f}", f"{hit_at_5:.2f}", f"{mrr:.2f}", f"{chance:.3f}")
-    table.add_row("mean", "", "", *means)
+        size = f"{quality.queries} × {quality.candidates}"
+        figures = _figures([quality])
+        table.add_row(task.name, task.kind, size, *figures, end_section=task is tasks[-1])
+    table.add_row("mean", "", "", *_figures(qualities))
     console.print(table)
     console.print(
         "of: queries × candidates; chance: hit@1 of a random order. The model card's figures are "
@@ -286,21 +238,21 @@ def _print_quality(
     )
 
 
+def _figures(qualities: Sequence[RankingQuality]) -> list[str]:
+    """Means of the measures."""
+    means = [sum(getattr(q, n) for q in qualities) / len(qualities) for n in _MEASURES.values()]
+    return [*(f"{mean:.2f}" for mean in means[:-1]), f"{means[-1]:.3f}"]
+
+
 def _run_lines(runs: Sequence[EngineRun], tasks: int) -> list[str]:
     """What was measured, in sentences: agreement and speed over the same items of this run."""
     if len(runs) == 1:
         return [_speed_line(runs[0])]
     fast, reference = runs[0].first(len(runs[1].tasks)), runs[1]
-    found = compare(fast, reference)
-    ratios = [
-        slow.seconds / quick.seconds
-        for quick, slow in zip(fast.tasks, reference.tasks, strict=True)
-    ]
+    pairs = [*zip(fast.tasks, reference.tasks, strict=True)]
+    ratios = [slow.seconds / quick.seconds for quick, slow in pairs]
     lines = [
-        f"Agreement of the engines: largest difference of two numbers {found.max_difference:.1e}, "
-        f"smallest cosine {found.min_cosine:.7f}",
-        f"Same best result for {found.same_top_1:.1%} of the queries, "
-        f"same ten best in the same order for {found.same_top_10:.1%}",
+        *_agreement(pairs),
         _speed_line(fast),
         _speed_line(reference),
         f"Speed-up in this run: {reference.seconds / fast.seconds:.1f}× in total time, "
@@ -314,6 +266,28 @@ def _run_lines(runs: Sequence[EngineRun], tasks: int) -> list[str]:
             f"which took {reference.seconds:.0f} s; the comparison covers these",
         )
     return lines
+
+
+def _agreement(pairs: Sequence[tuple[TaskRun, TaskRun]]) -> list[str]:
+    """How far the engines agree in numbers and in rankings."""
+    import torch
+
+    ours, theirs = (
+        torch.cat([task.embeddings for task in run]) for run in zip(*pairs, strict=True)
+    )
+    cosine = torch.nn.functional.cosine_similarity(ours.double(), theirs.double(), dim=1).min()
+    ranked = [
+        both
+        for one, other in pairs
+        for both in zip(one.ranking.ids, other.ranking.ids, strict=True)
+    ]
+    same = [sum(one[:n] == other[:n] for one, other in ranked) / len(ranked) for n in (1, 10)]
+    return [
+        "Agreement of the engines: largest difference of two numbers "
+        f"{(ours - theirs).abs().max():.1e}, smallest cosine {cosine:.7f}",
+        f"Same best result for {same[0]:.1%} of the queries, "
+        f"same ten best in the same order for {same[1]:.1%}",
+    ]
 
 
 def _speed_line(run: EngineRun) -> str:
@@ -346,10 +320,7 @@ def _section(task: DemoTask, ranking: SearchResult, quality: RankingQuality) -> 
         facts=[
             ("queries", f"{quality.queries}" + (f", {shown} shown" * (shown < quality.queries))),
             ("candidates", str(quality.candidates)),
-            ("hit@1", f"{quality.hit_at_1:.2f}"),
-            ("hit@5", f"{quality.hit_at_5:.2f}"),
-            ("MRR", f"{quality.mrr:.2f}"),
-            ("hit@1 by chance", f"{quality.chance:.3f}"),
+            *zip(_MEASURES, _figures([quality]), strict=True),
         ],
         blocks=[_block(task, ranking, position) for position in range(shown)],
     )
@@ -368,9 +339,8 @@ def _block(task: DemoTask, ranking: SearchResult, position: int) -> QueryBlock:
         for row, score in zip(rows, scores, strict=True)
     ]
     first = best_rank(ids, relevant)
-    note = (
-        "right answer not among the candidates" if first is None else f"right answer: rank {first}"
-    )
+    place = " not among the candidates" if first is None else f": rank {first}"
+    note = "right answer" + place
     return QueryBlock(_card(task.queries[position]), found, note, first == 1)
 
 

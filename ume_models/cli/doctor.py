@@ -17,16 +17,19 @@ from ume_models.cli.options import FamilyOption, ProfileOption
 from ume_models.cli.terminal import ExitCode, results
 
 _REQUIRED = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "tokenizers": "tokenizers",
-    "safetensors": "safetensors",
-    "numpy": "numpy",
-    "pillow": "PIL",
-    "jinja2": "jinja2",
-    "rich": "rich",
-    "typer": "typer",
-}
+    **{name: name for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")},
+    "pillow": "PIL", "jinja2": "jinja2", "rich": "rich", "typer": "typer",
+}  # fmt: skip
+# Distributions that have it, what needs it, and the remedy.
+_OPTIONAL = {
+    "triton": (("triton",), "GPUs use", ""),
+    "faiss": (
+        ("faiss-cpu", "faiss-gpu", "faiss"), "`--index-type faiss` needs", "pip install faiss-cpu"
+    ),
+    "pyarrow": (
+        ("pyarrow",), "`ume eval` on parquet and arrow tables needs", "pip install pyarrow"
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Report:
 def examine() -> Report:
     """Look at the installation and the machine; starts no work on a device."""
     return Report(
-        versions=[*_packages(), _faiss(), _pyarrow(), _compiler()],
+        versions=[*_packages(), _compiler()],
         devices=_devices(),
         operations=_operations(),
         checks=[_bundled_checkpoint()],
@@ -130,25 +133,11 @@ def _packages() -> list[Finding]:
             found.append(Finding(name, reason, False, f"pip install --upgrade {name}"))
         else:
             found.append(Finding(name, _version(name) or "unknown version"))
-    triton = _version("triton")
-    found.append(Finding("triton", triton or "absent (only GPUs use it)", True if triton else None))
+    for name, (distributions, needs, remedy) in _OPTIONAL.items():
+        version = next(filter(None, map(_version, distributions)), "")
+        absent = Finding(name, f"absent (only {needs} it)", None, remedy)
+        found.append(Finding(name, version) if version else absent)
     return found
-
-
-def _faiss() -> Finding:
-    version = _version("faiss-cpu") or _version("faiss-gpu") or _version("faiss")
-    if version:
-        return Finding("faiss", version)
-    absent = "absent (only `--index-type faiss` needs it)"
-    return Finding("faiss", absent, None, "pip install faiss-cpu")
-
-
-def _pyarrow() -> Finding:
-    version = _version("pyarrow")
-    if version:
-        return Finding("pyarrow", version)
-    absent = "absent (only `ume eval` on parquet and arrow tables needs it)"
-    return Finding("pyarrow", absent, None, "pip install pyarrow")
 
 
 def _compiler() -> Finding:
@@ -173,14 +162,10 @@ def _compiler() -> Finding:
 
 def _devices() -> list[Finding]:
     memory = machine.memory_gib()
-    cores = f"{machine.usable_cores()} usable cores"
+    about = [machine.cpu_name(), f"{machine.usable_cores()} usable cores"]
+    about += [f"{memory:.0f} GiB memory"] if memory else []
     found = [
-        Finding(
-            "cpu",
-            ", ".join(
-                [machine.cpu_name(), cores, *([f"{memory:.0f} GiB memory"] if memory else [])]
-            ),
-        ),
+        Finding("cpu", ", ".join(about)),
         Finding("cpu features", " ".join(machine.cpu_features()) or "not told by the system"),
     ]
     try:
@@ -214,10 +199,8 @@ def _operations() -> list[Finding]:
         return [Finding("kernels", f"cannot be examined: {error}", False, remedy)]
     return [
         Finding(
-            report.op,
-            f"{report.backend.value}: {report.reason}",
-            None if report.missing else True,
-            report.remedy or "",
+            report.op, f"{report.backend.value}: {report.reason}",
+            None if report.missing else True, report.remedy or "",
         )
         for report in reports
     ]
