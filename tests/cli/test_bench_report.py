@@ -258,6 +258,7 @@ def test_what_cannot_be_kept_is_refused(results: Path, tmp_path: Path) -> None:
         ('{"benchmarks": []}', "no benchmark ran"),
         ('{"datetime": "2026", "benchmarks": [{"name": "x"}]}', "incomplete or damaged"),
         ("[]", "is empty"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, content: str | None, reason: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -39,41 +39,7 @@ _RESULTS_SHOWN = 5
 _REFERENCE_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class DemoTask:
-    """Queries, what they are ranked against, and the right answers.
-
-    Attributes:
-        name: identifies the task.
-        kind: what is asked with and what is found, as in "text→image".
-        queries, candidates: items; ids are unique within the task.
-        relevant: ids of the candidates that answer each query.
-    """
-
-    name: str
-    kind: str
-    queries: Sequence[Item]
-    candidates: Sequence[Item]
-    relevant: Sequence[frozenset[str]]
-
-    @classmethod
-    def shipped(cls, task: Task, queries: int | None) -> DemoTask:
-        """With so many of its queries, None for all; candidates are never reduced, which would
-        make the task easier.
-        """
-        from ume_models.processing import parse_item
-
-        return cls(
-            task.name,
-            task.kind,
-            [parse_item(item, index) for index, item in enumerate(task.queries[:queries])],
-            [parse_item(item, index) for index, item in enumerate(task.candidates)],
-            [frozenset(ids) for ids in task.relevant[:queries]],
-        )
-
-
-@dataclass(frozen=True)
-class TaskRun:
+class TaskRun(NamedTuple):
     """One engine over the items of one task.
 
     Attributes:
@@ -87,33 +53,8 @@ class TaskRun:
     seconds: float
 
 
-@dataclass(frozen=True)
-class EngineRun:
-    """One engine over the tasks, or the first of them.
-
-    Attributes:
-        name: of the engine.
-        dtype: of the weights.
-        tasks: the finished tasks, in order.
-    """
-
-    name: str
-    dtype: str
-    tasks: Sequence[TaskRun]
-
-    def first(self, count: int) -> EngineRun:
-        """The same run, as if it had ended after ``count`` tasks."""
-        return EngineRun(self.name, self.dtype, self.tasks[:count])
-
-    @property
-    def items(self) -> int:
-        """Number of embedded items."""
-        return sum(len(task.embeddings) for task in self.tasks)
-
-    @property
-    def seconds(self) -> float:
-        """Time of embedding them, after a warm-up."""
-        return sum(task.seconds for task in self.tasks)
+Runs = dict[str, list[TaskRun]]
+"""The finished tasks of every engine, in order."""
 
 
 def demo(
@@ -145,17 +86,21 @@ def demo(
 
     refuse_folder(html)
     options = EncodingOptions(model=model or BUNDLED, family=family, profile=profile)
-    tasks = [DemoTask.shipped(task, queries) for task in heldout().tasks]
-    names = ["fast", "reference"] if engine == "both" else [engine]
+    tasks = [
+        replace(task, queries=task.queries[:queries], relevant=task.relevant[:queries])
+        for task in heldout().tasks  # candidates are never reduced: that makes a task easier
+    ]
     load = machine.load_average()
-    runs = _run_engines(names, options, tasks)
-    done = runs[0].tasks
+    runs, dtype = _run_engines(
+        ["fast", "reference"] if engine == "both" else [engine], options, tasks
+    )
+    name, done = next(iter(runs.items()))
     qualities = [
         ranking_quality(finished.ranking.ids, task.relevant, len(task.candidates))
         for task, finished in zip(tasks, done, strict=False)
     ]
-    lines = [*_run_lines(runs, len(tasks)), f"Machine: {_machine_line(runs[0], load)}"]
-    _print_quality(tasks, qualities, runs[0].name)
+    lines = [*_run_lines(runs), f"Machine: {_machine_line(dtype, load)}"]
+    _print_quality(tasks, qualities, name)
     console = results()
     for line in lines:
         console.print(line, soft_wrap=True)
@@ -175,47 +120,58 @@ def demo(
 
 
 def _run_engines(
-    names: Sequence[str], options: EncodingOptions, tasks: Sequence[DemoTask]
-) -> list[EngineRun]:
-    """Every engine over the tasks, taking turns, so that a busy machine slows all of them."""
+    names: Sequence[str], options: EncodingOptions, tasks: Sequence[Task]
+) -> tuple[Runs, str]:
+    """Every engine over the tasks, taking turns, so that a busy machine slows all of them.
+
+    Returns:
+        What they did, and the number format of their weights.
+    """
     from ume_models import encode
     from ume_models.cli.encoding import SMALL, load_model, require_clips
 
     models = {name: load_model(replace(options, engine=name), told=False) for name in names}
     if options.model == BUNDLED:
         log.warning(SMALL)
-    require_clips(models[names[0]], "or another model: some of the examples are clips")
-    finished: dict[str, list[TaskRun]] = {name: [] for name in names}
+    first = models[names[0]]
+    require_clips(first, "or another model: some of the examples are clips")
+    runs: Runs = {name: [] for name in names}
     for model in models.values():
         # The first call allocates and builds what later calls reuse.
-        encode.encode_detailed(model, [tasks[0].queries[0], tasks[0].candidates[0]], progress=False)
+        encode.encode_detailed(model, _items(tasks[0])[:1], progress=False)
     for number, task in enumerate(tasks, start=1):
         tell(f"task {number} of {len(tasks)}: {task.name}")
         for name, model in models.items():
-            spent = sum(done.seconds for done in finished[name])
-            if name == "fast" or spent <= _REFERENCE_SECONDS:
-                finished[name].append(_run_task(model, task))
-    return [
-        EngineRun(name, str(models[name].dtype).removeprefix("torch."), finished[name])
-        for name in names
-    ]
+            if name == "fast" or _seconds(runs[name]) <= _REFERENCE_SECONDS:
+                runs[name].append(_run_task(model, task))
+    return runs, str(first.dtype).removeprefix("torch.")
 
 
-def _run_task(model: Embedder, task: DemoTask) -> TaskRun:
+def _run_task(model: Embedder, task: Task) -> TaskRun:
     from ume_models import encode
     from ume_models.retrieval import ExactIndex
 
     begun = time.perf_counter()
-    items = [*task.queries, *task.candidates]
+    items, split = _items(task), len(task.queries)
     embeddings = encode.encode_detailed(model, items, progress=False).embeddings
     seconds = time.perf_counter() - begun
-    split = len(task.queries)
-    index = ExactIndex(embeddings[split:], [item.id for item in task.candidates])
+    index = ExactIndex(embeddings[split:], [item.id for item in items[split:]])
     return TaskRun(embeddings, index.search(embeddings[:split], len(index)), seconds)
 
 
+def _items(task: Task) -> list[Item]:
+    """Queries, then candidates."""
+    from ume_models.processing import parse_item
+
+    return [parse_item(item, at) for at, item in enumerate([*task.queries, *task.candidates])]
+
+
+def _seconds(done: Sequence[TaskRun]) -> float:
+    return sum(run.seconds for run in done)
+
+
 def _print_quality(
-    tasks: Sequence[DemoTask], qualities: Sequence[RankingQuality], engine: str
+    tasks: Sequence[Task], qualities: Sequence[RankingQuality], engine: str
 ) -> None:
     from rich.table import Table
 
@@ -244,27 +200,28 @@ def _figures(qualities: Sequence[RankingQuality]) -> list[str]:
     return [*(f"{mean:.2f}" for mean in means[:-1]), f"{means[-1]:.3f}"]
 
 
-def _run_lines(runs: Sequence[EngineRun], tasks: int) -> list[str]:
+def _run_lines(runs: Runs) -> list[str]:
     """What was measured, in sentences: agreement and speed over the same items of this run."""
     if len(runs) == 1:
-        return [_speed_line(runs[0])]
-    fast, reference = runs[0].first(len(runs[1].tasks)), runs[1]
-    pairs = [*zip(fast.tasks, reference.tasks, strict=True)]
+        return [_speed_line(name, done) for name, done in runs.items()]
+    fast, reference = runs["fast"], runs["reference"]
+    pairs = [*zip(fast, reference, strict=False)]
     ratios = [slow.seconds / quick.seconds for quick, slow in pairs]
+    compared = fast[: len(pairs)]
     lines = [
         *_agreement(pairs),
-        _speed_line(fast),
-        _speed_line(reference),
-        f"Speed-up in this run: {reference.seconds / fast.seconds:.1f}× in total time, "
+        _speed_line("fast", compared),
+        _speed_line("reference", reference),
+        f"Speed-up in this run: {_seconds(reference) / _seconds(compared):.1f}× in total time, "
         f"{min(ratios):.1f}× to {max(ratios):.1f}× by task "
         "(this model is small; larger ones have other ratios)",
     ]
-    if len(reference.tasks) < tasks:
-        lines.insert(
-            0,
-            f"The reference engine was stopped after {len(reference.tasks)} of {tasks} tasks, "
-            f"which took {reference.seconds:.0f} s; the comparison covers these",
+    if len(reference) < len(fast):
+        stopped = (
+            f"The reference engine was stopped after {len(reference)} of {len(fast)} tasks, "
+            f"which took {_seconds(reference):.0f} s; the comparison covers these"
         )
+        lines.insert(0, stopped)
     return lines
 
 
@@ -290,19 +247,19 @@ def _agreement(pairs: Sequence[tuple[TaskRun, TaskRun]]) -> list[str]:
     ]
 
 
-def _speed_line(run: EngineRun) -> str:
-    rate = run.items / run.seconds
-    return f"{run.name} engine: {run.items} items in {run.seconds:.2f} s, {rate:.1f} items/s"
+def _speed_line(name: str, done: Sequence[TaskRun]) -> str:
+    items, seconds = sum(len(run.embeddings) for run in done), _seconds(done)
+    return f"{name} engine: {items} items in {seconds:.2f} s, {items / seconds:.1f} items/s"
 
 
-def _machine_line(run: EngineRun, load: float | None) -> str:
+def _machine_line(dtype: str, load: float | None) -> str:
     import torch
 
     if torch.cuda.is_available():
         place = torch.cuda.get_device_name()
     else:
         place = f"{machine.cpu_name()}, {torch.get_num_threads()} threads"
-    line = f"{place}, {run.dtype}, torch {torch.__version__}"
+    line = f"{place}, {dtype}, torch {torch.__version__}"
     if load is not None and load > machine.usable_cores():
         line += (
             f"; busy with other work (load {load:.1f} on {machine.usable_cores()} cores "
@@ -311,7 +268,7 @@ def _machine_line(run: EngineRun, load: float | None) -> str:
     return line
 
 
-def _section(task: DemoTask, ranking: SearchResult, quality: RankingQuality) -> Section:
+def _section(task: Task, ranking: SearchResult, quality: RankingQuality) -> Section:
     from ume_models.retrieval.gallery import Section
 
     shown = min(_QUERIES_SHOWN, len(task.queries))
@@ -326,25 +283,25 @@ def _section(task: DemoTask, ranking: SearchResult, quality: RankingQuality) -> 
     )
 
 
-def _block(task: DemoTask, ranking: SearchResult, position: int) -> QueryBlock:
+def _block(task: Task, ranking: SearchResult, position: int) -> QueryBlock:
     from ume_models.retrieval.gallery import Found, QueryBlock
     from ume_models.retrieval.metrics import best_rank
 
     relevant = task.relevant[position]
-    ids = ranking.ids[position]
     rows = ranking.rows[position, :_RESULTS_SHOWN].tolist()
     scores = ranking.scores[position, :_RESULTS_SHOWN].tolist()
     found = [
-        Found(_card(task.candidates[row]), score, task.candidates[row].id in relevant)
+        Found(_card(task.candidates[row]), score, task.candidates[row]["id"] in relevant)
         for row, score in zip(rows, scores, strict=True)
     ]
-    first = best_rank(ids, relevant)
+    first = best_rank(ranking.ids[position], relevant)
     place = " not among the candidates" if first is None else f": rank {first}"
-    note = "right answer" + place
-    return QueryBlock(_card(task.queries[position]), found, note, first == 1)
+    return QueryBlock(_card(task.queries[position]), found, "right answer" + place, first == 1)
 
 
-def _card(item: Item) -> Card:
+def _card(fields: dict[str, Any]) -> Card:
+    from ume_models.processing import parse_item
     from ume_models.retrieval.gallery import Card
 
+    item = parse_item(fields, 0)
     return Card(item.id, item.text, item.images, item.video or ())

@@ -84,11 +84,7 @@ def require_clips(model: BackboneEmbedder, remedy: str) -> None:
 
 
 def describe_run(
-    model: Embedder,
-    options: EncodingOptions,
-    items: ItemsFile,
-    output: Path,
-    shard_size: int,
+    model: Embedder, options: EncodingOptions, items: ItemsFile, output: Path, shard_size: int
 ) -> Manifest:
     """The manifest of embedding ``items`` with a loaded model into the folder ``output``."""
     return Manifest(
@@ -141,7 +137,7 @@ def embed_rows(
                 [entry.item for entry in usable],
                 batch_tokens=batch_tokens,
                 workers=workers,
-                progress=progress,
+                progress=progress if log.isEnabledFor(logging.INFO) else False,
                 on_error="raise" if on_error == "stop" else "skip",
             )
         except ItemError as error:
@@ -153,10 +149,7 @@ def embed_rows(
         embeddings = output.embeddings.cpu()
         for problem in output.errors:
             if problem.index is not None:  # encode_detailed always tells it
-                row = usable[problem.index].row
-                if on_error == "stop":
-                    raise UmeError(f"{items.where(row)}: {problem.reason}", kind=problem.kind)
-                problems[row] = problem.reason
+                problems[usable[problem.index].row] = problem.reason
     kept = [position for position, entry in enumerate(usable) if entry.row not in problems]
     return Shard(
         rows=torch.tensor([usable[position].row for position in kept], dtype=torch.int64),

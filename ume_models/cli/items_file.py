@@ -210,6 +210,8 @@ def open_items(source: str, *, leave_out: Path | None = None, **options: Any) ->
     """
     path = Path(source)
     if source in ("-", "/dev/stdin"):
+        if sys.stdin is None:
+            raise UmeError("standard input is closed; give a file of items")
         return ItemsFile.spooled(sys.stdin.buffer, "standard input", Path(), **options)
     if path.is_fifo():
         with open(path, "rb") as pipe:

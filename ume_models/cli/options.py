@@ -165,16 +165,9 @@ def encoding_options(
     of_family = {
         "mode": mode, "latent_steps": latent_steps, "context": context, "disc_offset": disc_offset
     }
+    chosen = {name: value for name, value in of_family.items() if value is not None}
     return EncodingOptions(
-        model=model or BUNDLED,
-        engine=engine,
-        device=device,
-        dtype=dtype,
-        family=family,
-        profile=profile,
-        multi_image=multi_image,
-        batch_tokens=batch_tokens,
-        options={name: value for name, value in of_family.items() if value is not None},
+        model or BUNDLED, engine, device, dtype, family, profile, multi_image, batch_tokens, chosen
     )
 
 

@@ -164,9 +164,8 @@ def speed_ups(figures: Sequence[Figure]) -> list[SpeedUp]:
         mine = best(members, "ours")
         others = [best(members, role) for role in _OTHERS]
         if mine is not None and any(others):
-            found.append(
-                SpeedUp(name, *(other and other.per_sample / mine.per_sample for other in others))
-            )
+            ratios = [None if one is None else one.per_sample / mine.per_sample for one in others]
+            found.append(SpeedUp(name, *ratios))
     return found
 
 
@@ -174,39 +173,41 @@ def _throughput(lines: Sequence[Curve]) -> Any:
     """Samples per second over the batch; a path of one batch size is drawn as a level."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    picture, area = _axes(6.6, 4.4)
-    batches = sorted({at for line in lines for at, _ in line.points})
+    picture, area, batches = _curve_axes(lines, "batch", "samples per second")
+    area.set_xscale("log", base=2)  # sets locators anew
+    area.xaxis.set_major_locator(FixedLocator(batches))
+    area.xaxis.set_minor_locator(NullLocator())
+    area.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for line in lines:
         _draw(area, line, lambda figure: figure.rate, "K = {}")
         if len(line.points) == 1 and line.points[0][0] == batches[0]:
             ends, level = [batches[0], batches[-1]], [line.points[0][1].rate] * 2
             area.plot(ends, level, _LINES[line.rank], color=_COLOURS[line.role], linewidth=1)
-    area.set_xscale("log", base=2)
-    area.xaxis.set_major_locator(FixedLocator(batches))
-    area.xaxis.set_minor_locator(NullLocator())
-    area.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    area.set_yscale("log")
-    _logarithmic(area.yaxis)
-    area.set_xlabel("batch")
-    area.set_ylabel("samples per second")
     _legend(area)
     return picture
 
 
 def _latency(lines: Sequence[Curve]) -> Any:
     """Milliseconds per call over the latent steps K."""
+    picture, area, _ = _curve_axes(lines, "latent steps K", "milliseconds per call")
+    for line in lines:
+        _draw(area, line, lambda figure: figure.seconds * 1e3, "batch {}")
+    _legend(area)
+    return picture
+
+
+def _curve_axes(lines: Sequence[Curve], along: str, value: str) -> tuple[Any, Any, list[int]]:
+    """Axes for curves, and the numbers that they run along."""
     from matplotlib.ticker import FixedLocator
 
     picture, area = _axes(6.6, 4.4)
-    for line in lines:
-        _draw(area, line, lambda figure: figure.seconds * 1e3, "batch {}")
-    area.xaxis.set_major_locator(FixedLocator(sorted({k for c in lines for k, _ in c.points})))
+    numbers = sorted({at for line in lines for at, _ in line.points})
     area.set_yscale("log")
     _logarithmic(area.yaxis)
-    area.set_xlabel("latent steps K")
-    area.set_ylabel("milliseconds per call")
-    _legend(area)
-    return picture
+    area.xaxis.set_major_locator(FixedLocator(numbers))
+    area.set_xlabel(along)
+    area.set_ylabel(value)
+    return picture, area, numbers
 
 
 def _draw(area: Any, line: Curve, value: Callable[[Figure], float], held: str) -> None:

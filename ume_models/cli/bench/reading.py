@@ -32,7 +32,7 @@ def read_results(path: Path) -> Results:
         raise DataError(f"{path}: there is no such file; {_REMEDY}") from None
     except IsADirectoryError:
         raise DataError(f"{path}: is a folder; {_REMEDY}") from None
-    except (UnicodeDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:  # of a wrong encoding, too
         raise DataError(f"{path}: is not JSON ({error}); run the benchmarks again") from error
     try:
         if isinstance(content, list):

@@ -40,16 +40,13 @@ def check(
     from ume_models.mmeb.check import check as find_problems
     from ume_models.mmeb.locate import misplaced
 
-    tasks = selection.chosen()
+    tasks, reading = selection
     with tempfile.TemporaryDirectory(prefix="ume-eval-") as passing:
         root = data_root(data, output or Path(passing))
         with EvalProgress() as progress:
+            threads = max(1, 2 if workers is None else workers)
             problems = find_problems(
-                tasks,
-                root,
-                selection.reading,
-                workers=max(1, 2 if workers is None else workers),
-                progress=progress.checking,
+                tasks, root, reading, workers=threads, progress=progress.checking
             )
         wrong_root = misplaced(root, tasks) if problems else ""
     if wrong_root:

@@ -23,7 +23,7 @@ def list_tasks(
         ume eval list --benchmark MMEB-v1
     """
     rows = []
-    for task in selection.chosen():
+    for task in selection.tasks:
         source = task.tables(selection.reading.labels)
         told = {name: getattr(task, name) for name in ("group", "modality", "ranking", "metric")}
         where = f"{source.repository} {source.config or ''}".strip()

@@ -96,7 +96,8 @@ def run(
         legacy_ndcg=legacy_ndcg,
         on_error=on_error,
     )
-    tasks, how = selection.chosen(), {"reading": selection.reading, "overwrite": overwrite}
+    tasks, reading = selection
+    how = {"reading": reading, "overwrite": overwrite}
     root = None if data is None else Path(data)
     summary: Summary | None
     with resumable(_AGAIN):
@@ -108,7 +109,7 @@ def run(
         else:
             root, summary = _evaluate(data, tasks, output, encoding, options, workers is None, how)
         if summary is not None:
-            publish(summary, output, root, tasks, selection.reading, gallery)
+            publish(summary, output, root, tasks, reading, gallery)
 
 
 def _evaluate(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -48,38 +47,11 @@ def _data(text: str, *names: str, **told: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=_DATA, **told)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Which tasks, and how they are read.
+class Selection(NamedTuple):
+    """The tasks, in the order of the benchmark's table, and how they are read."""
 
-    Attributes:
-        benchmark: name of the benchmark.
-        tasks: names or groups of tasks, empty for all.
-        modalities: "image", "video", "visdoc", empty for all.
-        reading: how tables are read.
-    """
-
-    benchmark: str
-    tasks: Sequence[str]
-    modalities: Sequence[str]
+    tasks: list[Task]
     reading: ReadOptions
-
-    def chosen(self) -> list[Task]:
-        """The tasks, in the order of the table.
-
-        Raises:
-            typer.BadParameter: a name is unknown, or none is left of what was given.
-        """
-        from ume_models.mmeb.benchmarks import benchmark
-        from ume_models.mmeb.tasks import select_tasks
-
-        names, modalities = _split(self.tasks), _split(self.modalities)
-        if (self.tasks and not names) or (self.modalities and not modalities):
-            raise typer.BadParameter("names no task; leave it out for all", param_hint="--tasks")
-        try:
-            return select_tasks(benchmark(self.benchmark), names=names, modalities=modalities)
-        except DataError as error:
-            raise typer.BadParameter(str(error)) from None
 
 
 def selection_options(
@@ -115,11 +87,24 @@ def selection_options(
         "Fetch tables that are not below ROOT from the hub (not images and frames).", "--download"
     )] = False,
 ) -> Selection:
-    """Tasks and their reading, as options of a command."""
-    from ume_models.mmeb.dataset import ReadOptions
+    """Tasks and their reading, as options of a command.
 
+    Raises:
+        typer.BadParameter: a name is unknown, or none is left of what was given.
+    """
+    from ume_models.mmeb.benchmarks import benchmark as known
+    from ume_models.mmeb.dataset import ReadOptions
+    from ume_models.mmeb.tasks import select_tasks
+
+    names, modalities = _split(tasks), _split(modality)
+    if (tasks and not names) or (modality and not modalities):
+        raise typer.BadParameter("names no task; leave it out for all", param_hint="--tasks")
+    try:
+        chosen = select_tasks(known(benchmark), names=names, modalities=modalities)
+    except DataError as error:
+        raise typer.BadParameter(str(error)) from None
     reading = ReadOptions(labels, instructions, limit, frames, momentseeker_leak, download)
-    return Selection(benchmark, tasks or [], modality or [], reading)
+    return Selection(chosen, reading)
 
 
 def data_root(data: str | None, output: Path, writes: bool = True) -> Path:
@@ -158,6 +143,6 @@ def data_root(data: str | None, output: Path, writes: bool = True) -> Path:
     return root
 
 
-def _split(names: Sequence[str]) -> list[str]:
+def _split(names: Sequence[str] | None) -> list[str]:
     """Names given one by one or with commas."""
-    return [part for name in names for part in name.split(",") if part.strip()]
+    return [part for name in names or () for part in name.split(",") if part.strip()]
