@@ -87,6 +87,7 @@ def test_a_bad_file_of_a_folder_is_named(ume: Ume, pictures: Path, tmp_path: Pat
     skipped = ume("embed", pictures, "-o", tmp_path / "b", "--on-error", "skip")
     assert skipped.exit_code == 3 and "torn.png" in skipped.stderr
     (tmp_path / "empty").mkdir()
+    assert ume("embed", "", "-o", tmp_path / "c").exit_code == 1  # not the current folder
     nothing = ume("embed", tmp_path / "empty", "-o", tmp_path / "c")
     assert nothing.exit_code == 1 and "no items" in nothing.stderr
 

@@ -136,9 +136,10 @@ def _run_engines(
     first = models[names[0]]
     require_clips(first, "or another model: some of the examples are clips")
     runs: Runs = {name: [] for name in names}
+    query, *_, candidate = _items(tasks[0])
     for model in models.values():
         # The first call allocates and builds what later calls reuse.
-        encode.encode_detailed(model, _items(tasks[0])[:1], progress=False)
+        encode.encode_detailed(model, [query, candidate], progress=False)
     for number, task in enumerate(tasks, start=1):
         tell(f"task {number} of {len(tasks)}: {task.name}")
         for name, model in models.items():

@@ -208,6 +208,8 @@ def open_items(source: str, *, leave_out: Path | None = None, **options: Any) ->
     Raises:
         UmeError, OSError: as ``ItemsFile``; or the file is a picture, a clip or a document.
     """
+    if not source:
+        raise UmeError("the name of the items is empty; give a file, a folder or -")
     path = Path(source)
     if source in ("-", "/dev/stdin"):
         if sys.stdin is None:
@@ -221,13 +223,8 @@ def open_items(source: str, *, leave_out: Path | None = None, **options: Any) ->
         return ItemsFile.spooled(lines, source, path, listed=True, **options)
     suffix = path.suffix.lower()
     if suffix in (*_PICTURES, *_CLIPS, *_PAGES) and path.exists():
-        raise UmeError(
-            f"{source} is not a JSON Lines file of items; "
-            + (
-                _remedies([suffix])
-                or 'give the folder that holds it, or a line {"image": "' + path.name + '"}'
-            )
-        )
+        remedy = _remedies([suffix]) or f'give its folder, or a line {{"image": "{path.name}"}}'
+        raise UmeError(f"{source} is not a JSON Lines file of items; {remedy}")
     return ItemsFile(path, **options)
 
 
