@@ -8,8 +8,7 @@ speed-up that keeps the numbers.
 
 from __future__ import annotations
 
-import json
-import sys
+import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,9 @@ import torch.nn.functional as F
 from benchmarks.cost import WIDTH, Decoder, Vision
 from benchmarks.shaped import SHAPES
 from ume_models.backbone.config import BackboneConfig, parse_config
-from ume_models.commands.machine import cpu_name
+from ume_models.cli.bench.reading import read_results
+from ume_models.errors import DataError
+from ume_models.machine import cpu_name
 
 SHAPE = "qwen2-vl-2b"
 SUFFIX = 6
@@ -106,11 +107,16 @@ def measured_cases(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Print the table."""
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m benchmarks.floor RESULTS.json")
-    measured = measured_cases(json.loads(Path(sys.argv[1]).read_text()))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="of test_engine.py with --size full")
+    path = parser.parse_args().results
+    try:
+        kept = read_results(path).kept
+    except DataError as error:
+        parser.error(str(error))
+    measured = measured_cases(kept) if "benchmarks" in kept else {}
     if set(measured) != set(CASES):
-        raise SystemExit(f"{sys.argv[1]} lacks test_engine.py with --size full")
+        raise SystemExit(f"{path} lacks test_engine.py with --size full")
     machine = measure()
     config = parse_config(SHAPES[SHAPE])
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -1,6 +1,6 @@
 """Extra peak memory of one forward and backward of a loss, in a process of its own.
 
-python -m benchmarks.loss_memory "materialised PyTorch" 8192 1536 float32
+python -m benchmarks.loss_memory "materialised PyTorch" 8192 1536 float32 2
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def extra_bytes(loss: str, count: int, width: int, dtype: str, threads: int) -> 
 
 def main() -> None:
     """Measure in this process and print."""
-    loss, count, width, dtype, threads = sys.argv[1:6]
+    if len(sys.argv) != 6:
+        raise SystemExit("usage: python -m benchmarks.loss_memory LOSS COUNT WIDTH DTYPE THREADS")
+    loss, count, width, dtype, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     kind = getattr(torch, dtype)
     # Libraries keep code and buffers from their first use on.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from ume_models.commands.machine import cpu_name, memory_gib, usable_cores
+from ume_models.machine import cpu_name, memory_gib, usable_cores
 
 
 def describe() -> dict[str, str | int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -166,3 +167,15 @@ def test_floors_are_compared_with_the_shapes_they_are_counted_for():
     }
     expected = {"one text item": {"fast": 1.5, "reference": 1.5, "tokens": 99.0}}
     assert floor.measured_cases(results) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "code"),
+    [("floor", ["--help"], 0), ("floor", ["nothing.json"], 2), ("loss_memory", ["--help"], 1)],
+)
+def test_wrong_arguments_are_no_traceback(module, arguments, code):
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    root = Path(__file__).resolve().parent.parent
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert ended.returncode == code
+    assert "Traceback" not in ended.stderr and "usage" in ended.stdout + ended.stderr

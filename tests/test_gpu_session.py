@@ -24,9 +24,9 @@ from benchmarks.rivals.official_loop import OfficialRollout  # noqa: E402
 from benchmarks.rivals.static_cache import StaticCacheRollout  # noqa: E402
 from benchmarks.shaped import shaped_model  # noqa: E402
 from ume_kernels import MoETransition, tuning  # noqa: E402
-from ume_models.commands.bench.keeping import refuse_try  # noqa: E402
-from ume_models.commands.bench.reading import read_results  # noqa: E402
-from ume_models.commands.bench.tables import markdown, session_table  # noqa: E402
+from ume_models.cli.bench.reading import read_results  # noqa: E402
+from ume_models.cli.bench.report import refuse_try  # noqa: E402
+from ume_models.cli.bench.tables import markdown, session_table  # noqa: E402
 from ume_models.errors import DataError  # noqa: E402
 
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import from its own level and from lower ones.
 LEVELS = {
-    "ume_models.cli": 10,
-    "ume_models.commands": 9,
+    "ume_models.__main__": 9,
+    "ume_models.cli": 9,
     "ume_models.mmeb": 8,
     "ume_models.retrieval": 8,
     "ume_models.interfaces": 8,
@@ -35,6 +35,7 @@ LEVELS = {
     "ume_models.disk_space": 2,
     "ume_models.json_files": 2,
     "ume_models.errors": 2,
+    "ume_models.machine": 2,
     "ume_kernels": 1,
     "ume_kernels._C": 0,
 }

@@ -77,7 +77,9 @@ def load(
     return FakeModel(
         family=cls.family,
         options=cls.Options().replaced(options),
-        profile=SimpleNamespace(name=name, fingerprint=f"of {name}"),
+        profile=SimpleNamespace(
+            name=name, fingerprint=f"of {name}", rules=cls.profiles[name].rules
+        ),
         processor=SimpleNamespace(
             empty=empty, described=lambda: {"multi_image": multi_image, "empty": empty}
         ),
@@ -242,7 +244,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "--crash-points":
         install()
-        import ume_models.commands.embed  # noqa: F401 - loaded once, before the forks
+        import ume_models.cli.embed  # noqa: F401 - loaded once, before the forks
 
         print(run_every_crash(Path(sys.argv[2]), sys.argv[3:]))
     elif sys.argv[1] == "--pause":

@@ -6,12 +6,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 import ume_models
 from ume_kernels.dispatch import Obstacle, explain
+from ume_models.cli import app
 
 Ume = Callable[..., Any]
 
@@ -57,10 +61,73 @@ def test_help_of_embed_tells_what_is_not_noticed(ume: Ume) -> None:
     assert "Duplicate ids always stop the run." in text
 
 
-def test_version(ume: Ume) -> None:
-    result = ume("--version")
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version(ume: Ume, flag: str, child_environment: dict[str, str]) -> None:
+    result = ume(flag)
     assert result.exit_code == 0
     assert result.stdout == f"ume {ume_models.__version__}\n"
+    for module in ("ume_models", "ume_models.cli"):
+        command = [sys.executable, "-m", module, flag]
+        output = subprocess.check_output(command, text=True, env=child_environment)
+        assert output == result.stdout
+
+
+def test_no_help_shows_the_type_of_a_flag() -> None:
+    def check(command: Any, *path: str) -> None:
+        result = CliRunner().invoke(app, [*path, "--help"])
+        assert result.exit_code == 0
+        assert "bool" not in result.stdout.lower()
+        for name, inner in getattr(command, "commands", {}).items():
+            check(inner, *path, name)
+
+    check(typer.main.get_command(app))
+
+
+def test_quiet_and_verbose(ume: Ume, tmp_path: Path) -> None:
+    def said(*flags: str) -> str:
+        index = tmp_path / "-".join(["index", *flags])
+        command = [*flags, "embed", "-", "-o", str(index)]
+        result = CliRunner().invoke(app, command, input='{"text": "a"}')
+        assert result.exit_code == 0 and "1 embedding" in result.stdout
+        return result.stderr
+
+    quiet, plain, verbose = (set(said(*flags).splitlines()) for flags in (["-q"], [], ["-v"]))
+    assert quiet < plain and any("1 of 1 items" in line for line in plain - quiet)
+    assert any("moe_transition" in line for line in verbose) and quiet < verbose
+    assert any("demonstration" in line for line in quiet)  # warnings stay
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [["doctor"], ["--help"], ["eval", "list"]])
+def test_a_full_output_is_one_line(arguments: list[str], child_environment: dict[str, str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "ume_models", *arguments]
+        ended = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=child_environment
+        )
+    assert ended.returncode == 1
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+
+
+def test_a_profile_without_clips_is_refused_early(ume: Ume, tmp_path: Path) -> None:
+    html, out = tmp_path / "demo.html", tmp_path / "run"
+    for command in (
+        ("demo", "--html", html),
+        ("eval", "run", "--data", "miniature", "-o", out, "--tasks", "CIRR,V-RET"),
+    ):
+        result = ume(*command, "--model", "mine", "--family", "gme")
+        assert result.exit_code == 1
+        assert "--profile vlm2vec" in result.stderr.splitlines()[-1]
+    assert not html.exists() and not (out / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["embed", "items.jsonl", "-o", ""], ["demo", "--html", ""], ["eval", "run", "-o", ""]],
+)
+def test_an_empty_name_of_a_result_is_refused(ume: Ume, arguments: list[str]) -> None:
+    assert ume(*arguments).exit_code == 2
 
 
 def test_doctor_tells_versions_devices_and_operations(ume: Ume) -> None:

@@ -79,7 +79,7 @@ def test_engines_are_compared(perfect: Ume, tmp_path: Path) -> None:
 def test_a_slow_reference_engine_is_stopped_and_that_is_said(
     perfect: Ume, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("ume_models.commands.demo._REFERENCE_SECONDS", 0.0)
+    monkeypatch.setattr("ume_models.cli.demo._REFERENCE_SECONDS", 0.0)
     result = perfect("demo", "--html", tmp_path / "demo.html", "--queries", 2)
     assert result.exit_code == 0
     total = len(heldout().tasks)

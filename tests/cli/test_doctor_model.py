@@ -64,7 +64,7 @@ def test_the_report_is_that_of_the_loaded_model(
 def test_pyarrow_is_told_like_other_optional_packages(
     monkeypatch: pytest.MonkeyPatch, version: str, ok: bool | None
 ) -> None:
-    from ume_models.commands import doctor
+    from ume_models.cli import doctor
 
     real = doctor._version
     monkeypatch.setattr(
@@ -114,10 +114,24 @@ def test_why_the_fast_engine_does_not_take_it(ume: Ume, copied_checkpoint: Path)
     assert told["fast_engine"]["loads"] is False
     assert "no latent_moe_transition.* tensors" in told["fast_engine"]["reason"]
     assert told["suits"] == ["ume-r1", "plume-train"]
-    file.unlink()
-    told = json.loads(ume("doctor", copied_checkpoint, "--json").stdout)
+    # A family that it is surely not, and no word on one where several fit.
+    assert ume("doctor", copied_checkpoint, "--family", "plume").exit_code == 1
+    unclear = ume("doctor", copied_checkpoint, "--json")
+    assert unclear.exit_code == 1
+    assert "--family" in json.loads(unclear.stdout)["fast_engine"]["reason"]
+    file.unlink()  # as of a hub id: what is missing is no refusal
+    result = ume("doctor", copied_checkpoint, "--json")
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
     assert told["can_be_accelerated"] is True
     assert "no model.safetensors" in told["fast_engine"]["reason"]
+
+
+def test_a_family_without_a_model_asks_about_the_bundled_one(ume: Ume) -> None:
+    assert ume("doctor", "--family", "plume").exit_code == 0
+    refused = ume("doctor", "--family", "gme", "--json")
+    assert refused.exit_code == 1
+    assert "plume" in json.loads(refused.stdout)["fast_engine"]["reason"]
 
 
 def test_quantised_checkpoint(ume: Ume, copied_checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ume_models.cli import app
-from ume_models.commands.evaluate import _share_of_cores
+from ume_models.cli.eval.run import _share_of_cores
 from ume_models.mmeb.embeddings import task_embeddings
 from ume_models.mmeb.miniature import write_miniature
 from ume_models.mmeb.team import LoneTeam
@@ -168,6 +168,43 @@ def test_cores_are_shared_by_the_processes_of_a_host(
     team = LoneTeam()
     monkeypatch.setattr(team, "local_size", lambda: processes)
     assert _share_of_cores(team) == threads
+
+
+def test_commands_and_the_options_of_before_do_the_same(
+    data: Path, done: Path, tmp_path: Path
+) -> None:
+    for new, old in (
+        (("list", "--tasks", "CIRR"), ("--list", "--tasks", "CIRR", "--data", data, "-o", "x")),
+        (("check", "--data", data, "--tasks", TASKS),
+         ("--model", "nowhere", "--data", data, "--tasks", TASKS, "--check")),
+        (("compare", done, done), ("--compare", done, done)),
+    ):  # fmt: skip
+        one, other = ume(*new), ume(*old)
+        assert one.exit_code == other.exit_code == 0, one.output + other.output
+        assert one.stdout == other.stdout and one.stdout
+    moved = shutil.copytree(done, tmp_path / "run")
+    again = ume("run", "--data", data, "-o", moved, "--tasks", TASKS)
+    assert again.exit_code == 0 and "nothing to embed" in again.stderr
+    rows = json.loads(ume("list", "--json", "--tasks", TASKS).stdout)
+    assert [row["task"] for row in rows] == TASKS.split(",")
+    assert ume("--data", data, "run", "-o", moved).exit_code == 2
+
+
+def test_a_report_is_made_again(done: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(done, tmp_path / "run")
+    for name in ("report.html", "summary.md"):
+        (moved / name).unlink()
+    result = ume("report", moved)
+    assert result.exit_code == 0 and "All tasks" in result.stdout
+    for name in ("report.html", "summary.md"):
+        assert (moved / name).read_bytes() == (done / name).read_bytes()
+    assert ume("report", tmp_path).exit_code == 1
+
+
+def test_a_miniature_is_checked_without_a_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ume("--check", "--data", "miniature", "--tasks", "CIRR").exit_code == 0
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_table_of_tasks_is_whole() -> None:

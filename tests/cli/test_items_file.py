@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import ume_models.encode
-from ume_models.commands.encoding import embed_rows
-from ume_models.commands.items_file import ItemsFile
+from ume_models.cli.encoding import embed_rows
+from ume_models.cli.items_file import ItemsFile
 from ume_models.errors import UmeError
 
 WriteItems = Callable[..., Path]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ume_models.atomic import write_atomically
-from ume_models.commands.output_file import write_output
+from ume_models.cli.output_file import write_output
 
 Ume = Callable[..., Any]
 WriteItems = Callable[..., Path]

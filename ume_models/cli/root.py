@@ -1,26 +1,42 @@
-"""The ``ume`` command: names, options and help. What a command does is in ``commands``.
+"""The ``ume`` command: its options and the commands below it.
 
-Nothing heavy is imported here, so that ``ume --help`` answers at once.
+Nothing heavy is imported by any of their files before a command runs, so that ``ume --help``
+answers at once.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ume_models.cli import evaluation, items
+from ume_models.cli import eval
+from ume_models.cli.bench.report import app as bench
+from ume_models.cli.demo import demo
+from ume_models.cli.doctor import doctor
+from ume_models.cli.embed import embed
+from ume_models.cli.options import Command, Group
+from ume_models.cli.search import search
+from ume_models.cli.terminal import failures_reported, set_verbosity
+
+
+class _Root(Group):
+    def invoke(self, ctx: Any) -> Any:
+        with failures_reported():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="ume",
-    help="Embed text, images, video and pages with a reasoning embedder, search and evaluate.",
+    cls=_Root,
+    help="Embed text, images, video and pages with universal multimodal embedders (PLUME, UME-R1, "
+    "VLM2Vec, GME, LamRA), search and evaluate.",
     epilog="Begin with: ume demo.  Help of a command: ume embed --help.  "
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but items were skipped, "
     "130 interrupted.  UME_DEBUG=1 shows the traceback of a failure.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -40,30 +56,33 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+            "--version", "-V", callback=_show_version, is_eager=True,
+            help="Show the version and exit.",
         ),
     ] = False,
-) -> None:
-    pass
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Tell what was loaded and which kernels run.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Tell results, warnings and errors only.")
+    ] = False,
+) -> None:  # fmt: skip
+    set_verbosity(verbose, quiet)
 
 
-for _command in (items.demo, items.embed, items.search, items.doctor):
-    app.command()(_command)
-app.command("eval")(evaluation.evaluate)
-app.add_typer(evaluation.bench)
+for _command in (demo, embed, search, doctor):
+    app.command(cls=Command)(_command)
+app.add_typer(eval.app)
+app.add_typer(bench)
 
 
 def main() -> None:
     """Entry point of the ``ume`` command."""
-    _make_output_safe()
-    app(prog_name="ume")
-
-
-def _make_output_safe() -> None:
-    """Let no output fail for its characters, or because stdout or stderr were closed."""
-    for name in ("stdout", "stderr"):
+    for name in ("stdout", "stderr"):  # no output fails for its characters or a closed stream
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - kept open
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    with failures_reported():  # of help and usage
+        app(prog_name="ume")

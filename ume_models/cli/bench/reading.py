@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ume_models.commands.bench.figures import Figure, Results, Role
+from ume_models.cli.bench.figures import Figure, Results, Role
 from ume_models.errors import DataError
 
 _STATS = ("min", "median", "max", "rounds")
@@ -32,7 +32,7 @@ def read_results(path: Path) -> Results:
         raise DataError(f"{path}: there is no such file; {_REMEDY}") from None
     except IsADirectoryError:
         raise DataError(f"{path}: is a folder; {_REMEDY}") from None
-    except (UnicodeDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:  # of a wrong encoding, too
         raise DataError(f"{path}: is not JSON ({error}); run the benchmarks again") from error
     try:
         if isinstance(content, list):

@@ -5,34 +5,31 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import platform
-import re
-import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 import ume_models
-from ume_models.commands import machine
-from ume_models.commands.console import results
-from ume_models.commands.outcome import ExitCode
+from ume_models import machine
+from ume_models.cli.options import FamilyOption, ProfileOption
+from ume_models.cli.terminal import ExitCode, results
 
 _REQUIRED = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "tokenizers": "tokenizers",
-    "safetensors": "safetensors",
-    "numpy": "numpy",
-    "pillow": "PIL",
-    "jinja2": "jinja2",
-    "rich": "rich",
-    "typer": "typer",
-}
+    **{name: name for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")},
+    "pillow": "PIL", "jinja2": "jinja2", "rich": "rich", "typer": "typer",
+}  # fmt: skip
+# Distributions that have it, what needs it, and the remedy.
+_OPTIONAL = {
+    "triton": (("triton",), "GPUs use", ""),
+    "faiss": (
+        ("faiss-cpu", "faiss-gpu", "faiss"), "`--index-type faiss` needs", "pip install faiss-cpu"
+    ),
+    "pyarrow": (
+        ("pyarrow",), "`ume eval` on parquet and arrow tables needs", "pip install pyarrow"
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,24 +71,56 @@ class Report:
 def examine() -> Report:
     """Look at the installation and the machine; starts no work on a device."""
     return Report(
-        versions=[*_packages(), _faiss(), _pyarrow(), _compiler()],
+        versions=[*_packages(), _compiler()],
         devices=_devices(),
         operations=_operations(),
         checks=[_bundled_checkpoint()],
     )
 
 
-def run(as_json: bool) -> None:
-    """Print the report; exits with 1 when something needed is missing."""
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Checkpoint folder or hub id: what could be accelerated in it, instead.",
+        ),
+    ] = None,
+    family: FamilyOption = None,
+    profile: ProfileOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable report.")] = False,
+) -> None:
+    """Show versions, devices, what would run here and why, and what is missing.
+
+    Ends with 0 when the package can be used, else with 1.
+
+    With MODEL: what ume_models.accelerate would replace in that checkpoint on this machine, which
+    repositories' scripts it suits, and whether ume_models.load takes it. The weights are not read.
+    Ends with 1 when it cannot be accelerated, or load refuses it. --family or --profile without
+    MODEL ask about the bundled one.
+
+    [bold]Examples[/]
+
+        ume doctor
+
+        ume doctor PLUME-2B --json
+    """
+    if model or family or profile:
+        from ume_models.cli import doctor_model
+
+        doctor_model.run(model, as_json, family, profile)
+        return
     report = examine()
     if as_json:
-        print(json.dumps({"usable": report.usable, **asdict(report)}, indent=1, ensure_ascii=False))
+        print(json.dumps({"usable": report.usable, **asdict(report)}, indent=1))
     else:
         _show(report)
     raise typer.Exit(ExitCode.OK if report.usable else ExitCode.FAILED)
 
 
 def _packages() -> list[Finding]:
+    import platform
+
     found = [
         Finding("ume", ume_models.__version__),
         Finding("python", f"{platform.python_version()} ({sys.executable})"),
@@ -104,28 +133,18 @@ def _packages() -> list[Finding]:
             found.append(Finding(name, reason, False, f"pip install --upgrade {name}"))
         else:
             found.append(Finding(name, _version(name) or "unknown version"))
-    triton = _version("triton")
-    found.append(Finding("triton", triton or "absent (only GPUs use it)", True if triton else None))
+    for name, (distributions, needs, remedy) in _OPTIONAL.items():
+        version = next(filter(None, map(_version, distributions)), "")
+        absent = Finding(name, f"absent (only {needs} it)", None, remedy)
+        found.append(Finding(name, version) if version else absent)
     return found
 
 
-def _faiss() -> Finding:
-    version = _version("faiss-cpu") or _version("faiss-gpu") or _version("faiss")
-    if version:
-        return Finding("faiss", version)
-    absent = "absent (only `--index-type faiss` needs it)"
-    return Finding("faiss", absent, None, "pip install faiss-cpu")
-
-
-def _pyarrow() -> Finding:
-    version = _version("pyarrow")
-    if version:
-        return Finding("pyarrow", version)
-    absent = "absent (only `ume eval` on parquet and arrow tables needs it)"
-    return Finding("pyarrow", absent, None, "pip install pyarrow")
-
-
 def _compiler() -> Finding:
+    import re
+    import shutil
+    import subprocess
+
     path = shutil.which("nvcc") or shutil.which(
         "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     )
@@ -143,14 +162,10 @@ def _compiler() -> Finding:
 
 def _devices() -> list[Finding]:
     memory = machine.memory_gib()
-    cores = f"{machine.usable_cores()} usable cores"
+    about = [machine.cpu_name(), f"{machine.usable_cores()} usable cores"]
+    about += [f"{memory:.0f} GiB memory"] if memory else []
     found = [
-        Finding(
-            "cpu",
-            ", ".join(
-                [machine.cpu_name(), cores, *([f"{memory:.0f} GiB memory"] if memory else [])]
-            ),
-        ),
+        Finding("cpu", ", ".join(about)),
         Finding("cpu features", " ".join(machine.cpu_features()) or "not told by the system"),
     ]
     try:
@@ -184,30 +199,26 @@ def _operations() -> list[Finding]:
         return [Finding("kernels", f"cannot be examined: {error}", False, remedy)]
     return [
         Finding(
-            report.op,
-            f"{report.backend.value}: {report.reason}",
-            None if report.missing else True,
-            report.remedy or "",
+            report.op, f"{report.backend.value}: {report.reason}",
+            None if report.missing else True, report.remedy or "",
         )
         for report in reports
     ]
 
 
 def _bundled_checkpoint() -> Finding:
-    remedy = "install the package again: pip install --force-reinstall --no-deps ."
     try:
         from ume_models.assets import tiny_checkpoint
 
-        path = tiny_checkpoint()
-        present = (path / "config.json").is_file()
+        return Finding("bundled checkpoint", str(tiny_checkpoint()))
     except Exception as error:  # as above
+        remedy = "install the package again: pip install --force-reinstall --no-deps ."
         return Finding("bundled checkpoint", f"cannot be found: {error}", False, remedy)
-    if not present:
-        return Finding("bundled checkpoint", f"{path} is incomplete", False, remedy)
-    return Finding("bundled checkpoint", str(path))
 
 
 def _version(distribution: str) -> str:
+    from importlib import metadata
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -218,6 +229,9 @@ _SIGNS = {True: "[green]ok[/]", None: "[yellow]--[/]", False: "[red]NO[/]"}
 
 
 def _show(report: Report) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
     console = results()
     groups = {
         "Versions": report.versions,

@@ -7,11 +7,24 @@ import os
 import stat
 from pathlib import Path
 
+import typer
+
 from ume_models.atomic import write_atomically
 
 
+def named_path(text: str) -> Path:
+    """The value of an option as a path; an empty one would be the current folder.
+
+    Raises:
+        BadParameter: it is empty.
+    """
+    if not str(text):
+        raise typer.BadParameter("is empty")
+    return Path(text)
+
+
 def refuse_folder(path: Path) -> None:
-    """Tell at once, before any work, that results cannot be written to a folder.
+    """Raise early if results cannot be written to a path because it is a folder.
 
     Raises:
         OSError: ``path`` is a folder, or it cannot be looked at.

@@ -2,79 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import torch
 
 import ume_models
+from ume_kernels.dispatch import explain
 from ume_models import encode
-from ume_models.commands.items_file import ItemsFile
+from ume_models.cli.items_file import ItemsFile
+from ume_models.cli.options import BUNDLED, EncodingOptions, OnError
+from ume_models.cli.terminal import log
 from ume_models.embedder import Embedder
 from ume_models.embedders.base import BackboneEmbedder
 from ume_models.embedders.loading import pick_device
 from ume_models.embedders.registry import family_class
-from ume_models.errors import ErrorKind, ItemError, UmeError
-from ume_models.store import Manifest, Shard, Skipped, under_profile
+from ume_models.errors import ErrorKind, ItemError, OptionError, UmeError
+from ume_models.store import Manifest, Shard, Skipped
 
-BUNDLED = "bundled"
+SMALL = (
+    "the bundled model is a small demonstration model that knows digits, scenes, charts, pages and "
+    "clips like those of `ume demo`; a real one: --model FOLDER, or a hub id such as "
+    "CUDAOUTOFMEMORY/PLUME-Qwen2-VL-2B"
+)
 Progress = Callable[[int, int], None]
-Empty: TypeAlias = Literal["error", "reference"]
 
 
-@dataclass(frozen=True)
-class EncodingOptions:
-    """How items are embedded.
-
-    Attributes:
-        model: checkpoint folder or name, or ``BUNDLED``.
-        engine, device, dtype, family, profile, multi_image: as ``ume_models.load`` takes them.
-        batch_tokens: tokens per batch, None for the default.
-        options: the family's own; what is not there is left to the model.
-    """
-
-    model: str = BUNDLED
-    engine: str = "fast"
-    device: str = "auto"
-    dtype: str = "auto"
-    family: str | None = None
-    profile: str | None = None
-    multi_image: str | None = None
-    batch_tokens: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def recorded(cls, manifest: Manifest, device: str) -> EncodingOptions:
-        """The options that make queries comparable with the embeddings of a store.
-
-        Raises:
-            UmeError: the manifest lacks a setting, or is of a family that is not known here.
-        """
-        settings = under_profile(manifest.encoding)
-        try:
-            names = family_class(settings["embedder"]).Options.names()
-            return cls(
-                model=manifest.model,
-                engine=settings["engine"],
-                device=device,
-                dtype=settings["dtype"],
-                family=settings["embedder"],
-                profile=settings["profile"],
-                multi_image=settings["multi_image"],
-                batch_tokens=settings["batch_tokens"],
-                options={name: settings[name] for name in names if name in settings},
-            )
-        except KeyError as error:
-            raise UmeError(f"the manifest of the index lacks the setting {error}") from None
-        except ValueError as error:
-            raise UmeError(f"the manifest of the index: {error}; update ume") from None
-
-
-def load_model(options: EncodingOptions, *, empty: Empty = "error") -> BackboneEmbedder:
+def load_model(
+    options: EncodingOptions,
+    *,
+    empty: Literal["error", "reference"] = "error",
+    told: bool = True,
+) -> BackboneEmbedder:
     """The model of these options, ready to embed; ``empty`` is as ``ume_models.load`` takes it.
+
+    With ``told``, a warning says so if it is the bundled one.
 
     Raises:
         UmeError: the checkpoint, the device or another option cannot be used.
@@ -85,15 +51,40 @@ def load_model(options: EncodingOptions, *, empty: Empty = "error") -> BackboneE
     }
     path = None if options.model == BUNDLED else options.model
     pick_device(options.device)
-    return ume_models.load(path, **chosen, empty=empty, **options.options)
+    begun = time.perf_counter()
+    model = ume_models.load(path, **chosen, empty=empty, **options.options)
+    if log.isEnabledFor(logging.DEBUG):
+        about = f"family {model.family}, profile {model.profile.name}, {model.dtype}"
+        seconds = time.perf_counter() - begun
+        log.debug("%s: %s on %s, loaded in %.1f s", options.model, about, model.device, seconds)
+        for report in explain():
+            log.debug("%s: %s, %s", report.op, report.backend.value, report.reason)
+    if path is None and told:
+        log.warning(SMALL)
+    return model
+
+
+def require_clips(model: BackboneEmbedder, remedy: str) -> None:
+    """Raise early if a model's profile takes no clips.
+
+    Args:
+        remedy: what else can be done, beside another profile.
+
+    Raises:
+        OptionError: it takes none; the profiles that do are named.
+    """
+    if model.profile.rules.clips != "refuse":
+        return
+    known = family_class(model.family).profiles.values()
+    able = [profile.name for profile in known if profile.rules.clips != "refuse"]
+    raise OptionError(
+        f"{model.family} takes no clips under the profile {model.profile.name}; "
+        f"use --profile {' or '.join(able)}, {remedy}"
+    )
 
 
 def describe_run(
-    model: Embedder,
-    options: EncodingOptions,
-    items: ItemsFile,
-    output: Path,
-    shard_size: int,
+    model: Embedder, options: EncodingOptions, items: ItemsFile, output: Path, shard_size: int
 ) -> Manifest:
     """The manifest of embedding ``items`` with a loaded model into the folder ``output``."""
     return Manifest(
@@ -115,7 +106,7 @@ def embed_rows(
     rows: Iterable[int],
     *,
     batch_tokens: int | None,
-    on_error: Literal["stop", "skip"],
+    on_error: OnError,
     workers: int,
     progress: Progress | None = None,
 ) -> Shard:
@@ -146,7 +137,7 @@ def embed_rows(
                 [entry.item for entry in usable],
                 batch_tokens=batch_tokens,
                 workers=workers,
-                progress=progress,
+                progress=progress if log.isEnabledFor(logging.INFO) else False,
                 on_error="raise" if on_error == "stop" else "skip",
             )
         except ItemError as error:
@@ -158,10 +149,7 @@ def embed_rows(
         embeddings = output.embeddings.cpu()
         for problem in output.errors:
             if problem.index is not None:  # encode_detailed always tells it
-                row = usable[problem.index].row
-                if on_error == "stop":
-                    raise UmeError(f"{items.where(row)}: {problem.reason}", kind=problem.kind)
-                problems[row] = problem.reason
+                problems[usable[problem.index].row] = problem.reason
     kept = [position for position, entry in enumerate(usable) if entry.row not in problems]
     return Shard(
         rows=torch.tensor([usable[position].row for position in kept], dtype=torch.int64),

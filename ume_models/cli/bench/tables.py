@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ume_models.commands.bench.figures import Figure, Results, best, groups
+from ume_models.cli.bench.figures import Figure, Results, best, groups
 
 
 @dataclass(frozen=True)

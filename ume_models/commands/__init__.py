@@ -1,1 +1,0 @@
-"""What each ``ume`` command does. ``ume_models.cli`` has their names, options and help."""
