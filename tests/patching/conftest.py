@@ -15,7 +15,10 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STANDINS = Path(__file__).parent / "standins"
+sys.path.insert(0, str(Path(__file__).parent))
+from known_standins import know_standins  # noqa: E402
+
+know_standins()
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -36,7 +39,12 @@ def run_script(tmp_path: Path) -> Run:
     """
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(startup_line() + "\n", encoding="utf-8")
+    (site / "sitecustomize.py").write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import known_standins; known_standins.know_standins(); del sys.path[0]\n"
+        f"{startup_line()}\n",
+        encoding="utf-8",
+    )
 
     def run(
         script: Path,

@@ -25,12 +25,14 @@ class Entry:
             original gives wrong ones, ``"left alone"``, or ``"missing"``.
         by: what stands there now.
         reason: what it does, or why nothing was done.
+        unknown: left alone or missing because this version of it is not known.
     """
 
     target: str
     action: Action
     by: str = ""
     reason: str = ""
+    unknown: bool = False
 
 
 class PatchReport:

@@ -13,10 +13,6 @@ from typing import Any
 
 import torch
 
-from ume_models.patching.ranking import (
-    PLUME_MARKS,
-    UME_R1_MARKS,
-)
 from ume_models.patching.recipes import Recipe, Target
 from ume_models.patching.report import Entry
 from ume_models.patching.single_pass import reading, single_pass
@@ -48,6 +44,9 @@ def on_lists(original: Callable[..., Any]) -> Callable[..., Any]:
 
     return embedding_idx
 
+
+PLUME_MARKS = ("_latent_reasoning_generate_rep", "_get_backbone_model")
+UME_R1_MARKS = ("get_disc_embedding_idx", "get_gen_embedding_idx")
 
 _ENCODE_PARAMETERS = (
     "model",
@@ -96,12 +95,25 @@ _GENERATION = Entry(
     "same tokens come out",
 )
 
+_UME_R1 = {  # XMUDeepLIT/UME-R1 55e5512
+    "encode_embeddings": "520e085d36a8004e",
+    "get_disc_embedding_idx": "a755de0f553dff51",
+    "get_gen_embedding_idx": "3528cf670b770ad4",
+    "normalize_reps": "5a03482cacad89da",
+}
+_BUNDLED = {  # VLM2Vec/eval.py of PLUME 942c2fa and 18db7e4
+    "encode_embeddings": "d100473c2916cb5c",
+    "get_embedding_idx": "6a4cbf1e2ad8179c",
+    "normalize_reps": "5a03482cacad89da",
+}
+
 RECIPES: tuple[Recipe, ...] = (
     Recipe(
         name="ume-r1",
         modules=("eval_twomode", "__main__"),
-        marks=UME_R1_MARKS[:1],
+        marks=UME_R1_MARKS,
         without=PLUME_MARKS,
+        known=_UME_R1,
         targets=(
             _encode("mode", modes=f"{_DISC}; {_GEN}"),
             *map(_lookup, UME_R1_MARKS),
@@ -113,6 +125,7 @@ RECIPES: tuple[Recipe, ...] = (
         modules=("eval", "__main__"),
         marks=("encode_embeddings", "get_embedding_idx"),
         without=(*PLUME_MARKS, *UME_R1_MARKS),
+        known=_BUNDLED,
         targets=(_encode(modes=_GEN), _lookup("get_embedding_idx")),
         left_alone=(_GENERATION,),
     ),
