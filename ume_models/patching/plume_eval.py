@@ -152,7 +152,7 @@ def _tell(reason: str) -> None:
 def looking_ahead(original: Callable[..., Any]) -> Callable[..., Any]:
     """``encode_embeddings`` whose loader is read ahead while the latent function is called."""
     signature = inspect.signature(original)
-    other_modes = with_single_pass(original)
+    other_modes = with_single_pass("get_embedding_idx")(original)
 
     @functools.wraps(original)
     def encode_embeddings(*args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from ume_models.errors import PatchError
 from ume_models.patching import (
     adapter,
     changes,
+    environment,
     hook,
     losses,
     plume_eval,
@@ -28,6 +29,7 @@ from ume_models.patching.recipes import Recipe, Target
 from ume_models.patching.report import Entry, PatchReport
 
 SCRIPT = "__main__"
+PROCESSORS = "src.model.processor"
 
 RECIPES: tuple[Recipe, ...] = (
     *plume_eval.RECIPES,
@@ -172,6 +174,22 @@ def automatic_reports() -> list[PatchReport]:
     return list(_reports)
 
 
+def before_loading(module: ModuleType) -> None:
+    """Supply what a repository's processors import and this environment does not have."""
+    if hook.mode() == "off" or hook.known_as(module.__name__) != PROCESSORS:
+        return
+    get_source = getattr(getattr(module, "__loader__", None), "get_source", None)
+    # Names like that of the module are common: only the one meant has that function.
+    if get_source is not None and "def load_processor(" in (get_source(module.__name__) or ""):
+        _note(environment.supply())
+
+
+def _note(entries: list[Entry]) -> None:
+    if entries:
+        _reports.append(PatchReport("what is missing here", "environment", entries))
+        _announce(_reports[-1])
+
+
 def module_loaded(module: ModuleType) -> None:
     """Patch a module of a repository; called by the import hook.
 
@@ -180,6 +198,9 @@ def module_loaded(module: ModuleType) -> None:
     """
     if hook.mode() == "off":
         return
+    if hook.known_as(module.__name__) == PROCESSORS:
+        home = module.__name__.removesuffix("processor")
+        _note(environment.adapt_processors(f"{home}vlm_backbone."))
     for recipe in _triggers(module):  # bookkeeping: they change no number, so no report has them
         planned, _ = recipes.plan(recipe, module, strict=False)
         changes.commit(planned)
@@ -216,7 +237,7 @@ def _announce(report: PatchReport) -> None:
         return
     print(f"ume: {report.summary()}", file=sys.stderr)
     for entry in report.entries:
-        if entry.unknown:
+        if entry.unknown or entry.target == "attn_implementation":
             print(f"ume: {entry.action}: {entry.target}: {entry.reason}", file=sys.stderr)
     path = os.environ.get("UME_ACCELERATE_REPORT")
     if path:

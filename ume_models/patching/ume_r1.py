@@ -8,29 +8,49 @@ calls are in the ``eval.py`` that PLUME bundles.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ume_models.patching.recipes import Recipe, Target
 from ume_models.patching.report import Entry
-from ume_models.patching.single_pass import reading, single_pass
+from ume_models.patching.single_pass import single_pass
 
 
-def with_single_pass(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``encode_embeddings(model, loader, …)`` that computes only the hidden states it reads."""
+def with_single_pass(look_up: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes of ``encode_embeddings(model, loader, …)`` one that computes the states it reads.
 
-    @functools.wraps(original)
-    def encode_embeddings(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with single_pass(model):
-            return original(model, *args, **kwargs)
+    Args:
+        look_up: the script's function that finds the token to read in mode ``disc``.
+    """
 
-    return encode_embeddings
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def encode_embeddings(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            read = None
+            if given.get("mode") == "disc":
+                find = original.__globals__[look_up]
+                token = given["processor"].tokenizer.convert_tokens_to_ids("<disc_emb>")
+
+                def read(ids: torch.Tensor) -> Sequence[int]:
+                    found: Sequence[int] = find(ids.tolist(), token)
+                    return found
+
+            with single_pass(given["model"], read):
+                return original(*args, **kwargs)
+
+        return encode_embeddings
+
+    return make
 
 
 def on_lists(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Which token of each row is read, looked up in lists, and told to the pending forward call.
+    """Which token of each row is read, looked up in lists.
 
     The original compares element by element of a tensor: on a GPU each is a synchronisation.
     """
@@ -38,9 +58,7 @@ def on_lists(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def embedding_idx(generated_ids_trimmed: Any, *args: Any, **kwargs: Any) -> Any:
         rows = [r.tolist() if isinstance(r, torch.Tensor) else r for r in generated_ids_trimmed]
-        positions = original(rows, *args, **kwargs)
-        reading(positions)
-        return positions
+        return original(rows, *args, **kwargs)
 
     return embedding_idx
 
@@ -64,7 +82,7 @@ def _encode(*further: str, modes: str) -> Target:
     return Target(
         "encode_embeddings",
         (*_ENCODE_PARAMETERS, *further),
-        make=with_single_pass,
+        make=with_single_pass(UME_R1_MARKS[0]),
         by="the same loop within ume_models.patching.single_pass",
         reason=f"{modes}; the layers of the model are patched as ume_models.accelerate does, "
         "while it runs",
@@ -77,8 +95,7 @@ def _lookup(name: str) -> Target:
         ("generated_ids_trimmed", "EMBEDDING_TOKEN_ID"),
         make=on_lists,
         by="the same look-up in lists",
-        reason="one copy from the device instead of one for each token; what it finds is what "
-        "the engine computes",
+        reason="one copy from the device instead of one for each token",
     )
 
 
@@ -86,7 +103,7 @@ _DISC = (
     "disc: no logits, no cache, no list of all layers' states; without padding and up to the "
     "token read where the engine knows the model"
 )
-_GEN = "gen: of each step only the last layer's states are kept"
+_GEN = "gen: the model's own generate"
 
 _GENERATION = Entry(
     "model.generate",
