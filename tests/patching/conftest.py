@@ -16,9 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
-from known_standins import know_standins  # noqa: E402
+import known_standins  # noqa: E402, F401
 
-know_standins()
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -41,7 +40,7 @@ def run_script(tmp_path: Path) -> Run:
     site.mkdir()
     (site / "sitecustomize.py").write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import known_standins; known_standins.know_standins(); del sys.path[0]\n"
+        "import known_standins; del sys.path[0]\n"
         f"{startup_line()}\n",
         encoding="utf-8",
     )

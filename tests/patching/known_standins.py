@@ -1,4 +1,7 @@
-"""The stand-ins count as versions that were checked; copies of them elsewhere do not."""
+"""The stand-ins count as versions that were checked, wherever they were copied to; edited not.
+
+Importing this makes it so in the process: new ones that tests start import it too.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,21 @@ from typing import Any
 from ume_models.patching import versions
 
 STANDINS = Path(__file__).resolve().parent / "standins"
-
-
-def know_standins() -> None:
-    """From now on in this process."""
-    unknown, modelling_known = versions.unknown, versions.modelling_known
-
-    def unknown_elsewhere(function: Any, owner: Any, module: Any, *told: Any) -> str | None:
-        return None if _standin(module) else unknown(function, owner, module, *told)
-
-    def known_here_too(name: str) -> bool:
-        return _standin(sys.modules.get(name)) or modelling_known(name)
-
-    versions.unknown, versions.modelling_known = unknown_elsewhere, known_here_too
+_TEXTS = frozenset(path.read_bytes() for path in STANDINS.rglob("*.py"))
+_unknown, _modelling_known = versions.unknown, versions.modelling_known
 
 
 def _standin(module: ModuleType | None) -> bool:
-    return STANDINS in Path(getattr(module, "__file__", None) or "/").resolve().parents
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).is_file() and Path(file).read_bytes() in _TEXTS
+
+
+def unknown(function: Any, owner: Any, module: Any, *told: Any) -> str | None:
+    return None if _standin(module) else _unknown(function, owner, module, *told)
+
+
+def modelling_known(name: str) -> bool:
+    return _standin(sys.modules.get(name)) or _modelling_known(name)
+
+
+versions.unknown, versions.modelling_known = unknown, modelling_known

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import known_standins  # noqa: F401  (for the processes that this file starts)
 import pytest
 import torch
 import torch.distributed as dist

@@ -123,3 +123,11 @@ def test_another_version_is_an_error_that_names_it(changed, name, old, new, name
         assert any(named in f"{e.target} {e.reason}" for e in report.entries if e.unknown)
         patching.revert(report)
     assert dict(vars(module)) == before
+
+
+def test_another_repositorys_folder_is_told(imported):
+    with (
+        imported(STANDINS / "plume/VLM2Vec", "eval_twomode"),
+        pytest.raises(PatchError, match="that of 'plume-eval'"),
+    ):
+        patching.apply("ume-r1")

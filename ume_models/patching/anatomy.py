@@ -247,8 +247,14 @@ def _strange(target: str, module: object, expected: str) -> Problem:
     )
 
 
-def foreign(module: nn.Module, target: str) -> Problem | None:
-    """Who else replaced a module's forward, if anybody; replacements of ours are nobody's."""
+def foreign(module: nn.Module, target: str, arithmetic: bool = True) -> Problem | None:
+    """Who else replaced a module's forward, if anybody; replacements of ours are nobody's.
+
+    Args:
+        module: a part of a model.
+        target: its name.
+        arithmetic: what the class computes is going to be computed by us, so it must be known.
+    """
     own = vars(module).get("forward")
     if "_hf_hook" in vars(module):
         return offloaded(module, target)
@@ -270,7 +276,8 @@ def foreign(module: nn.Module, target: str) -> Problem | None:
                     "load the model in a process that does not do that",
                     looked_for=False,
                 )
-            if not versions.modelling_known(kind.__module__):
+            tried = ADAPTERS & lineage(module)
+            if arithmetic and not tried and not versions.modelling_known(kind.__module__):
                 return Problem(
                     target,
                     f"the modelling code in {kind.__module__} is not a version that was checked",

@@ -15,10 +15,12 @@ from types import ModuleType
 from typing import Any
 
 from ume_models.errors import PatchError
-from ume_models.patching.hook import SCRIPTS_IMPORT
 from ume_models.patching.report import Entry
 
-_SCRIPT_NAMES = {SCRIPTS_IMPORT: {"apply_rotary_pos_emb_flashatt": ""}}  # and do not use it
+# Imported by PLUME's and UME-R1's scripts themselves, and not used.
+_SCRIPT_NAMES = {
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl": {"apply_rotary_pos_emb_flashatt": ""}
+}
 _NAMES = {
     "flash_attn.bert_padding": {"index_first_axis": "", "pad_input": "", "unpad_input": ""},
     "flash_attn.flash_attn_interface": {"flash_attn_varlen_qkvpacked_func": ""},

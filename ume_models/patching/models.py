@@ -135,7 +135,7 @@ def survey(
             kind = type(present).__name__
             groups.leave(Choice(choice.what, f"already replaced by this package ({kind})"), path)
             continue
-        problem = anatomy_room.foreign(module, path)
+        problem = anatomy_room.foreign(module, path, choice.inner)
         if problem is not None and not isinstance(present, InstanceForward):
             result.problems.append(problem)
             continue

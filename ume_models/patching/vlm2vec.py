@@ -358,7 +358,7 @@ _LEFT = {
 }
 
 
-def plan_instance(model: torch.nn.Module, strict: bool) -> tuple[list[Change], list[Entry]]:
+def plan_instance(model: torch.nn.Module, strict: bool = True) -> tuple[list[Change], list[Entry]]:
     """Changes of one ``MMEBModel``; none where its class or the instance has them already.
 
     Raises:
