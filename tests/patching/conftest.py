@@ -15,7 +15,9 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STANDINS = Path(__file__).parent / "standins"
+sys.path.insert(0, str(Path(__file__).parent))
+import known_standins  # noqa: E402, F401
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -36,7 +38,12 @@ def run_script(tmp_path: Path) -> Run:
     """
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(startup_line() + "\n", encoding="utf-8")
+    (site / "sitecustomize.py").write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import known_standins; del sys.path[0]\n"
+        f"{startup_line()}\n",
+        encoding="utf-8",
+    )
 
     def run(
         script: Path,

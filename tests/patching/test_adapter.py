@@ -21,8 +21,9 @@ from ume_models.errors import PatchError
 from ume_models.patching import adapter, recipes
 from ume_models.patching.adapter import AdapterForward, Unfit, obstacle, transition
 from ume_models.patching.changes import Change, commit, undo
-from ume_models.patching.recipes import OURS, plan
+from ume_models.patching.recipes import plan
 from ume_models.patching.report import Entry
+from ume_models.patching.versions import ORIGINAL
 
 STANDINS = Path(__file__).parent / "standins" / "plume"
 RECORDED = Path(__file__).parents[1] / "conformance" / "plume_tiny"
@@ -80,7 +81,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return result
 
     monkeypatch.setattr(adapter, "transition", counting)
-    tried = recipes._tried
+    tried = recipes.tried
 
     def uncounted(*args: Any) -> str | None:
         before = len(calls)
@@ -88,7 +89,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         del calls[before:]
         return complaint
 
-    monkeypatch.setattr(recipes, "_tried", uncounted)
+    monkeypatch.setattr(recipes, "tried", uncounted)
     return calls
 
 
@@ -368,7 +369,7 @@ def test_another_adapter_is_not_replaced(repository, old, new, complaint):
         plan(recipe, module)
     changes, entries = plan(recipe, module, strict=False)
     assert not changes
-    assert [entry.action for entry in entries] == ["missing"]
+    assert [entry.action for entry in entries] == ["left alone"]
 
 
 def test_an_adapter_made_otherwise_is_not_tried():
@@ -386,7 +387,7 @@ def test_a_trial_leaves_no_trace(repository):
         made.append(args)
         init(self, *args, **kwargs)
 
-    vars(announcing)[OURS] = init
+    vars(announcing)[ORIGINAL] = init
     module.LatentMoETransition.__init__ = announcing
     state = torch.get_rng_state()
     torch.set_default_dtype(torch.bfloat16)

@@ -109,7 +109,7 @@ def test_an_unknown_version_is_an_error_unless_lenient(run_script: Any, tmp_path
     script = repository(tmp_path / "repo", loss=LOSS.replace("self, x, y,", "self, left, right,"))
     done = run_script(script, check=False)
     assert done.returncode != 0
-    told = "PatchError: src.loss.SimpleContrastiveLoss.__call__: it takes (self, left"
+    told = "PatchError: src.loss.SimpleContrastiveLoss.__call__: its parameter 2 is 'left'"
     assert told in done.stderr
     assert "UME_ACCELERATE=lenient" in done.stderr
     lenient = run_script(script, accelerate="lenient", UME_ACCELERATE_REPORT="/nowhere/r.json")

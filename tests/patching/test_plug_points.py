@@ -339,18 +339,6 @@ def test_nothing_asked_for_is_an_error() -> None:
         apply("transformers")
 
 
-def test_available_tells_every_point() -> None:
-    points = {point.name: point for point in plug_points.available()}
-    assert points.keys() == {"attention", "norms", "kernel config"}
-    assert points["attention"].usable
-    assert points["norms"].usable is transformers_5()
-    assert not points["kernel config"].usable
-    assert all(point.told for point in points.values())
-
-
-# -- norms -----------------------------------------------------------------------------------------
-
-
 def test_without_a_patch_mapping_norms_are_missing() -> None:
     if transformers_5():
         pytest.skip("transformers 5 has one")

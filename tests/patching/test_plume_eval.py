@@ -563,7 +563,7 @@ def test_another_signature_is_named(script: ModuleType, monkeypatch: pytest.Monk
     encode_embeddings.__module__ = script.__name__
     monkeypatch.setattr(script, "encode_embeddings", encode_embeddings)
     rep = script._latent_reasoning_generate_rep
-    with pytest.raises(patching.PatchError, match=r"encode_embeddings: it takes \(network, loader"):
+    with pytest.raises(patching.PatchError, match=r"encode_embeddings: .*'network'"):
         patching.apply(script)
     assert script._latent_reasoning_generate_rep is rep
 
@@ -608,9 +608,7 @@ def test_a_loader_that_fills_the_same_again(what: str) -> None:
 
 def test_samples_may_share_what_does_not_change() -> None:
     image = torch.ones(4, 5)
-    items = [
-        ({"input_ids": torch.full((1, 2), n), "pixel_values": image}, [n]) for n in range(6)
-    ]
+    items = [({"input_ids": torch.full((1, 2), n), "pixel_values": image}, [n]) for n in range(6)]
     ahead = LookAhead(items)
     assert [ahead.chunk for _ in ahead] == [1] * 6
 

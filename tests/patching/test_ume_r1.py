@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import logging
 import pickle
@@ -21,12 +20,11 @@ from torch.utils.data import DataLoader
 
 from ume_models.assets import tiny_checkpoint
 from ume_models.errors import PatchError
-from ume_models.patching import single_pass as room
 from ume_models.patching import ume_r1
 from ume_models.patching.changes import commit, undo
 from ume_models.patching.engine import Engine
 from ume_models.patching.recipes import plan
-from ume_models.patching.single_pass import reading, single_pass, unpadded
+from ume_models.patching.single_pass import single_pass, unpadded
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.compat
@@ -204,95 +202,31 @@ def inputs_of(script: ModuleType, checkpoint: Path) -> dict[str, torch.Tensor]:
     return {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_generation_is_the_same_to_the_bit(
-    dtype: torch.dtype, script: ModuleType, checkpoint: Path
-) -> None:
-    """Without patched layers nothing at all changes but what is kept."""
-    model, inputs = load(checkpoint, dtype), inputs_of(script, checkpoint)
-    options = {"max_new_tokens": 5, "output_hidden_states": True, "return_dict_in_generate": True}
-    theirs = model.generate(**inputs, **options)
-    with single_pass(model, parts=False):
-        ours = model.generate(**inputs, **options, output_logits=True)
-    assert torch.equal(ours.sequences, theirs.sequences)
-    assert len(ours.hidden_states) == len(theirs.hidden_states) == len(ours.logits)
-    for step, wanted in zip(ours.hidden_states, theirs.hidden_states, strict=True):
-        assert len(step) == len(wanted)
-        assert torch.equal(step[-1], wanted[-1]) and torch.equal(step[3], wanted[3])
-        with pytest.raises(PatchError, match=r"hidden_states\[0\]: only the last layer"):
-            step[0]
-        with pytest.raises(IndexError):
-            step[4]
-    assert ours.hidden_states[0][-1].shape[1] == inputs["input_ids"].shape[1]
-    assert ours.hidden_states[1][-1].shape[1] == 1
+def last(ids: torch.Tensor) -> list[int]:
+    return [-1, -2, -9][: len(ids)]
 
 
-def test_other_ways_to_generate_are_the_same(
-    script: ModuleType, model: Any, checkpoint: Path
-) -> None:
+def test_only_what_is_read_is_computed(script: ModuleType, model: Any, checkpoint: Path) -> None:
     inputs = inputs_of(script, checkpoint)
-    for options in (
-        {"num_beams": 2},
-        {"use_cache": False},
-        {"output_attentions": False, "return_dict_in_generate": False},
-        {"do_sample": True, "temperature": 0.7},
-    ):
-        call = {
-            "max_new_tokens": 4,
-            "output_hidden_states": True,
-            "return_dict_in_generate": True,
-            **options,
-        }
-        torch.manual_seed(0)
-        theirs = model.generate(**inputs, **call)
-        torch.manual_seed(0)
-        with single_pass(model, parts=False):
-            ours = model.generate(**inputs, **call)
-        if not call["return_dict_in_generate"]:
-            assert torch.equal(ours, theirs)
-            continue
-        assert torch.equal(ours.sequences, theirs.sequences)
-        for step, wanted in zip(ours.hidden_states, theirs.hidden_states, strict=True):
-            assert torch.equal(step[-1], wanted[-1])
-
-
-def test_a_forward_call_computes_no_logits_until_they_are_read(
-    script: ModuleType,
-    model: Any,
-    checkpoint: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    room._tell.cache_clear()
-    inputs = inputs_of(script, checkpoint)
-    widths: list[int] = []
-    handle = model.lm_head.register_forward_hook(lambda m, a, out: widths.append(out.shape[-1]))
-    monkeypatch.setattr(room, "engine_for", lambda model: (None, "not now"))
-    try:
-        with torch.no_grad():
-            wanted = model(**inputs, output_hidden_states=True, return_dict=True)
-            widths.clear()
-            with single_pass(model, parts=False):
-                output = model(**inputs, output_hidden_states=True, return_dict=True)
-            assert widths == [0]
-            assert "the model's own layers run, without logits: not now" in caplog.text
-            assert torch.equal(output.hidden_states[-1], wanted.hidden_states[-1])
-            assert len(output.hidden_states) == len(wanted.hidden_states)
-            assert torch.equal(output["logits"], wanted.logits)
-            assert torch.equal(output[0], wanted[0])
-    finally:
-        handle.remove()
-    assert output.loss is None and output.attentions is None
-    for name in ("past_key_values", "rope_deltas"):
-        with pytest.raises(PatchError, match=f"output.{name}: of this call only"):
-            getattr(output, name)
+    with torch.no_grad():
+        wanted = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        with single_pass(model, last):
+            states = model(**inputs, output_hidden_states=True, return_dict=True).hidden_states[-1]
+        assert int(states.isfinite().all(dim=-1).sum()) == len(wanted)
+        for row, place in enumerate((-1, -2, -9)):
+            difference = (states[row][place] - wanted[row, place]).norm()
+            assert difference <= 1e-5 * wanted[row, place].norm()
+        assert int(inputs["attention_mask"][2, 0]) == 0
+        with single_pass(model, lambda ids: [-1, -1, 0]):  # padding: every state, without a head
+            states = model(**inputs, output_hidden_states=True, return_dict=True).hidden_states[-1]
+        assert torch.allclose(states, wanted, atol=1e-5)
 
 
 def test_calls_that_ask_for_something_else_are_the_original(
     script: ModuleType, model: Any, checkpoint: Path
 ) -> None:
     inputs = inputs_of(script, checkpoint)
-    with torch.no_grad(), single_pass(model, parts=False):
+    with torch.no_grad(), single_pass(model, last):
         for options in (
             {},
             {"output_hidden_states": True, "return_dict": False},
@@ -302,84 +236,6 @@ def test_calls_that_ask_for_something_else_are_the_original(
             theirs = type(model).forward(model, **inputs, **options)
             assert type(ours) is type(theirs)
             assert torch.equal(ours[0], theirs[0])
-
-
-def test_the_engine_computes_only_what_is_read(
-    script: ModuleType, model: Any, checkpoint: Path
-) -> None:
-    inputs = inputs_of(script, checkpoint)
-    with torch.no_grad():
-        wanted = model(**inputs, output_hidden_states=True).hidden_states[-1]
-        with single_pass(model):
-            states = model(**inputs, output_hidden_states=True, return_dict=True).hidden_states[-1]
-            reading([-1, -2, -9])
-            for row, place in enumerate((-1, -2, -9)):
-                difference = (states[row][place] - wanted[row, place]).norm()
-                assert difference <= 1e-5 * wanted[row, place].norm()
-            assert states._states is None
-            # anything else is computed by the model's own layers
-            assert torch.allclose(states[1][-1], wanted[1, -1], atol=1e-5)
-            assert states._states is not None
-            assert torch.allclose(states[0], wanted[0], atol=1e-5)
-
-
-def test_videos_have_the_positions_of_this_transformers(
-    script: ModuleType, model: Any, checkpoint: Path
-) -> None:
-    processor = batches(script, checkpoint)[1]
-    vision = "<|vision_start|>" + "<|video_pad|>" * 12 + "<|vision_end|>"
-    found = processor.tokenizer(
-        ["short", vision + "longer text"], return_tensors="pt", padding=True
-    )
-    inputs = {key: found[key] for key in ("input_ids", "attention_mask")}
-    inputs["video_grid_thw"] = torch.tensor([[3, 4, 4]])
-    generator = torch.Generator().manual_seed(0)
-    inputs["pixel_values_videos"] = torch.randn(48, 1176, generator=generator)
-    if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
-        token = processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).int() * 2
-    with torch.no_grad():
-        wanted = model(**inputs, output_hidden_states=True).hidden_states[-1]
-        with single_pass(model):
-            states = model(**inputs, output_hidden_states=True).hidden_states[-1]
-            reading([-1, -2])
-            for row, place in enumerate((-1, -2)):
-                difference = (states[row][place] - wanted[row, place]).norm()
-                assert difference <= 1e-5 * wanted[row, place].norm()
-
-
-def test_pending_states_are_a_tensor_for_everything_else(
-    script: ModuleType, model: Any, checkpoint: Path
-) -> None:
-    inputs = inputs_of(script, checkpoint)
-    with torch.no_grad():
-        wanted = model(**inputs, output_hidden_states=True).hidden_states[-1]
-        for use in (
-            lambda h: h[:, -1],
-            lambda h: h.mean(dim=1),
-            lambda h: torch.nn.functional.normalize(h, dim=-1),
-            lambda h: torch.stack([h[0], h[1]]),
-            lambda h: torch.stack([h[i][-1] for i in range(len(h))]),
-            lambda h: torch.stack(list(h)),
-            lambda h: h[0].sum(),
-            lambda h: h[0][2:4],
-            lambda h: torch.ones_like(h) * h,
-            lambda h: torch.tensor(h.shape),
-        ):
-            with single_pass(model, parts=False):
-                output = model(**inputs, output_hidden_states=True, return_dict=True)
-                assert torch.allclose(use(output.hidden_states[-1]), use(wanted), atol=1e-5)
-
-
-def test_a_read_position_may_be_padding(script: ModuleType, model: Any, checkpoint: Path) -> None:
-    inputs = inputs_of(script, checkpoint)
-    assert int(inputs["attention_mask"][2, 0]) == 0
-    with torch.no_grad():
-        wanted = model(**inputs, output_hidden_states=True).hidden_states[-1]
-        with single_pass(model, parts=False):
-            states = model(**inputs, output_hidden_states=True).hidden_states[-1]
-            reading([-1, -1, 0])
-            assert torch.equal(states[2][0], wanted[2, 0])
 
 
 def test_positions_without_padding() -> None:
@@ -399,14 +255,15 @@ def test_with_gradients_the_model_itself_runs(script: ModuleType, checkpoint: Pa
     for patch in (False, True):
         model.zero_grad()
         if patch:
-            with single_pass(model, parts=False):
+            with single_pass(model, last):
                 output = model(**inputs, output_hidden_states=True)
         else:
             output = model(**inputs, output_hidden_states=True)
-        output.hidden_states[-1][:, -1].square().sum().backward()
+        output.hidden_states[-1][:, -1, ::3].sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0
-    assert all(map(torch.equal, *gradients))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6
 
 
 def test_an_error_in_the_loop_leaves_the_model_as_it_was(
@@ -446,14 +303,14 @@ def test_what_the_look_up_finds_does_not_change(patched: ModuleType) -> None:
     [
         ("del encode_embeddings", "encode_embeddings: it does not exist"),
         ("del get_gen_embedding_idx", "get_gen_embedding_idx: it does not exist"),
-        ("def encode_embeddings(loader, model): pass", r"it takes \(loader, model\)"),
+        ("def encode_embeddings(loader, model): pass", "parameter 1 is 'loader', expected 'model'"),
     ],
 )
 def test_a_script_that_is_not_as_expected(change: str, complaint: str, script: ModuleType) -> None:
     module = ModuleType("eval_twomode")
     vars(module).update({k: v for k, v in vars(script).items() if not k.startswith("__")})
+    module.__file__ = script.__file__
     exec(change, vars(module))
-    assert RECIPE.recognises(module)
     with pytest.raises(PatchError, match=complaint):
         plan(RECIPE, module)
     changes, entries = plan(RECIPE, module, strict=False)
@@ -461,8 +318,9 @@ def test_a_script_that_is_not_as_expected(change: str, complaint: str, script: M
     assert [entry.action for entry in entries].count("missing") == 1
 
 
-def test_the_recipes_of_the_bundled_evaluation() -> None:
+def test_the_recipes_of_the_bundled_evaluation(script: ModuleType) -> None:
     module = ModuleType("eval")
+    module.__file__ = script.__file__
     exec(
         "def get_embedding_idx(generated_ids_trimmed, EMBEDDING_TOKEN_ID): pass\n"
         "def encode_embeddings(model, loader, training_args, model_args, full_dataset, "

@@ -18,9 +18,11 @@ from torch import nn
 
 from ume_kernels.moe_transition import MoEWeights, SharedExpert, moe_transition
 from ume_kernels.moe_transition.reference import auxiliary, clamp_step, mix_experts, route
+from ume_models.patching import versions
 from ume_models.patching.changes import InstanceForward
 from ume_models.patching.forwards import undisturbed
-from ume_models.patching.recipes import OURS, Recipe, Target, difference
+from ume_models.patching.recipes import Recipe, Target, difference, tried
+from ume_models.patching.versions import ORIGINAL
 
 Tensor = torch.Tensor
 Result = tuple[Tensor, dict[str, Tensor]]
@@ -275,7 +277,7 @@ def _of_class(original: Callable[..., Result]) -> Callable[..., Result]:
 def _try_forward(original: Callable[..., Any], replacement: Callable[..., Any]) -> str | None:
     """A small adapter of the module's class, where it is made as the official ones are."""
     kind = inspect.unwrap(original).__globals__["LatentMoETransition"]
-    init = getattr(kind.__init__, OURS, kind.__init__)  # ours also patches the script that runs
+    init = getattr(kind.__init__, ORIGINAL, kind.__init__)  # ours also patches the script that runs
     module: nn.Module = kind.__new__(kind)
     sizes = {"hidden_size": 16, "num_experts": 4, "top_k": 2}
     try:
@@ -296,6 +298,12 @@ def _try_forward(original: Callable[..., Any], replacement: Callable[..., Any]) 
     got = replacement(module, z, step_id=1, context=context)
     # With an obstacle the original runs at every call: the same numbers, and nothing replaced.
     return difference(wanted, got) or obstacle(module)
+
+
+def unknown(kind: type[nn.Module]) -> str | None:
+    """Why an adapter class is not the official one, in words; None if it computes the same."""
+    forward = versions.plain(kind.forward)
+    return tried(_try_forward, forward, _of_class(forward))
 
 
 RECIPES: tuple[Recipe, ...] = tuple(

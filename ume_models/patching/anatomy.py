@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ume_models.errors import PatchError
+from ume_models.patching import versions
 from ume_models.patching.changes import InstanceForward
 from ume_models.patching.unwrap import flattened, inside, lineage, part
 
@@ -85,6 +86,9 @@ def dissect(root: nn.Module) -> Anatomy:
                 "DataParallel copies a module's attributes to replicas on other devices, and with "
                 "them what refers to the first one; use DistributedDataParallel"
             )
+        held = next((n for n, child in root.named_children() if MODELS & lineage(child)), None)
+        if held is not None:
+            raise PatchError(f"{kind} is not known here, but the model in it is: pass model.{held}")
         raise PatchError(
             f"{kind} is not a model known here; known are {', '.join(sorted(MODELS))} of "
             "transformers (bare or inside of PEFT, DDP, FSDP, torch.compile) and VLM2Vec's "
@@ -243,8 +247,14 @@ def _strange(target: str, module: object, expected: str) -> Problem:
     )
 
 
-def foreign(module: nn.Module, target: str) -> Problem | None:
-    """Who else replaced a module's forward, if anybody; replacements of ours are nobody's."""
+def foreign(module: nn.Module, target: str, arithmetic: bool = True) -> Problem | None:
+    """Who else replaced a module's forward, if anybody; replacements of ours are nobody's.
+
+    Args:
+        module: a part of a model.
+        target: its name.
+        arithmetic: what the class computes is going to be computed by us, so it must be known.
+    """
     own = vars(module).get("forward")
     if "_hf_hook" in vars(module):
         return offloaded(module, target)
@@ -264,6 +274,14 @@ def foreign(module: nn.Module, target: str) -> Problem | None:
                     target,
                     f"the forward of {kind.__name__} was already replaced, by {home}",
                     "load the model in a process that does not do that",
+                    looked_for=False,
+                )
+            tried = ADAPTERS & lineage(module)
+            if arithmetic and not tried and not versions.modelling_known(kind.__module__):
+                return Problem(
+                    target,
+                    f"the modelling code in {kind.__module__} is not a version that was checked",
+                    "load the model with transformers' own class",
                     looked_for=False,
                 )
             break

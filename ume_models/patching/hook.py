@@ -28,6 +28,9 @@ WATCHED = (
 )
 """Import names of the modules that recipes know (a test compares the two)."""
 
+SCRIPTS_IMPORT = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
+"""What scripts import a name from that transformers 5 does not have."""
+
 VARIABLE = "UME_ACCELERATE"
 _MODES = {
     "": "strict",
@@ -77,7 +80,7 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if known_as(name) is None:
+        if known_as(name) is None and name != SCRIPTS_IMPORT:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -97,10 +100,17 @@ def _listen(spec: ModuleSpec) -> None:
         return
 
     def execute_and_tell(module: ModuleType) -> None:
-        execute(module)
-        # Here and not above: now the repository has imported torch itself.
-        from ume_models.patching.repositories import module_loaded
+        # Imported here: now the repository has imported torch itself.
+        if module.__name__ == SCRIPTS_IMPORT:
+            from ume_models.patching.environment import supply_for_scripts
 
+            execute(module)
+            supply_for_scripts()
+            return
+        from ume_models.patching.repositories import before_loading, module_loaded
+
+        before_loading(module)
+        execute(module)
         module_loaded(module)
 
     loader.exec_module = execute_and_tell

@@ -73,9 +73,8 @@ def plan(
     if "MMEBModel" in lineage(root):
         from ume_models.patching import vlm2vec
 
-        changes.extend(vlm2vec.plan_instance(root))
-        entries.extend(change.entry for change in changes)
-        if not changes:
+        changes, entries = vlm2vec.plan_instance(root, strict)
+        if not entries:
             told = "already replaced by this package"
             entries.append(Entry("encode_input, forward", "left alone", reason=told))
         encoder = root._modules.get("encoder")
@@ -136,7 +135,7 @@ def survey(
             kind = type(present).__name__
             groups.leave(Choice(choice.what, f"already replaced by this package ({kind})"), path)
             continue
-        problem = anatomy_room.foreign(module, path)
+        problem = anatomy_room.foreign(module, path, choice.inner)
         if problem is not None and not isinstance(present, InstanceForward):
             result.problems.append(problem)
             continue
@@ -311,7 +310,7 @@ def _patches(module: nn.Module) -> Choice:
 
 
 def _adapter(module: nn.Module) -> Choice:
-    obstacle = adapter.obstacle(module)
+    obstacle = adapter.unknown(type(module)) or adapter.obstacle(module)
     if obstacle is not None:
         return Choice("latent adapter", obstacle)
     return Choice(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -36,39 +35,6 @@ _ATTENTION = (
     f"tokens take the decode kernel where there is one; {_LOADED}"
 )
 _NORM = "RMSNorm by ume_kernels.prefill without a gradient; models loaded meanwhile keep it"
-
-
-@dataclass(frozen=True)
-class PlugPoint:
-    """One plug point of the transformers version at hand.
-
-    Attributes:
-        name: ``"attention"``, ``"norms"`` or ``"kernel config"``.
-        usable: whether this package can register something there.
-        told: what it is, or why it cannot be used.
-    """
-
-    name: str
-    usable: bool
-    told: str
-
-
-def available() -> tuple[PlugPoint, ...]:
-    """Which plug points the installed transformers has. Registers nothing.
-
-    Raises:
-        PatchError: transformers is not installed.
-    """
-    version = _transformers().__version__
-    found = []
-    for name, look in (("attention", _attention_changes), ("norms", _norm_changes)):
-        try:
-            targets = ", ".join(change.entry.target for change in look())
-            found.append(PlugPoint(name, True, f"transformers {version}: {targets}"))
-        except _Missing as missing:
-            found.append(PlugPoint(name, False, str(missing)))
-    found.append(PlugPoint("kernel config", False, _why_no_kernel_config(version)))
-    return tuple(found)
 
 
 def plan(
@@ -370,24 +336,3 @@ def __getattr__(name: str) -> Any:
         except KeyError:
             pass
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-# -- kernel config -------------------------------------------------------------------------------
-
-
-def _why_no_kernel_config(version: str) -> str:
-    """Why transformers' ``KernelConfig`` is left alone."""
-    try:
-        from transformers import KernelConfig  # noqa: F401
-        from transformers.utils import is_kernels_available
-    except ImportError:
-        return f"transformers {version} has no KernelConfig"
-    if not is_kernels_available():
-        return (
-            f"not usable: transformers {version} finds no version of the 'kernels' package that "
-            "it accepts, and then ignores every kernel; norms=True does not need it"
-        )
-    return (
-        "not used: it replaces the same RMSNorm as norms=True, only on CUDA, and needs the "
-        "'kernels' package in a narrow range of versions"
-    )

@@ -152,7 +152,7 @@ def _tell(reason: str) -> None:
 def looking_ahead(original: Callable[..., Any]) -> Callable[..., Any]:
     """``encode_embeddings`` whose loader is read ahead while the latent function is called."""
     signature = inspect.signature(original)
-    other_modes = with_single_pass(original)
+    other_modes = with_single_pass("get_embedding_idx")(original)
 
     @functools.wraps(original)
     def encode_embeddings(*args: Any, **kwargs: Any) -> Any:
@@ -185,11 +185,27 @@ def repaired_backbone(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_backbone_model
 
 
+_KNOWN = {  # PLUME 942c2fa and 18db7e4
+    "_cast_past_key_values_dtype": "de00bb36edc96e94",
+    "_extract_last_token_rep": "dfc8421ddb2d93c7",
+    "_get_backbone_model": "6a56d619a9f25374",
+    "_get_latent_moe_module": "b5f7ed613e2b05a4",
+    "_get_lm_head": "8c8659e53a673e38",
+    "_infer_compute_dtype": "0cf07bd105c7f150",
+    "_latent_reasoning_generate_rep": "b871fdecc589e6c1",
+    "_safe_dist_barrier": "d6a9339b9db2a776",
+    "_unwrap_model": "00f2f26d6b44fcb2",
+    "encode_embeddings": "464ddd03ecda7da2",
+    "get_embedding_idx": "6a4cbf1e2ad8179c",
+    "normalize_reps": "5a03482cacad89da",
+}
+
 RECIPES: tuple[Recipe, ...] = (
     Recipe(
         name="plume-eval",
         modules=("eval_twomode", "__main__"),
         marks=("_latent_reasoning_generate_rep", "encode_embeddings", "_get_backbone_model"),
+        known=_KNOWN,
         targets=(
             Target(
                 "encode_embeddings",

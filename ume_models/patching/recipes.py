@@ -1,15 +1,16 @@
 """How the modules of a repository are patched: a table of targets, checked before anything is set.
 
 A recipe names modules, the attributes by which they are recognised, and targets with the
-parameters their originals must have, and may try on a few numbers whether an original computes
-what its replacement does. Everything is verified first; then all of it is replaced.
+parameters their originals must have. An original is replaced only if its version is known (see
+``versions``), or if a trial on a few numbers shows that it computes what its replacement does.
+Everything is verified first; then all of it is replaced.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -17,11 +18,10 @@ import torch
 
 from ume_kernels.dispatch import BackendError
 from ume_models.errors import PatchError
+from ume_models.patching import versions
 from ume_models.patching.changes import ABSENT, Change
 from ume_models.patching.report import Action, Entry
-
-OURS = "__ume_original__"
-"""Attribute of a replacement that holds what it replaced."""
+from ume_models.patching.versions import ORIGINAL
 
 Trial = Callable[[Any, Any], "str | None"]
 
@@ -43,7 +43,8 @@ class Target:
         action: of the report's entry.
         required: False where only some versions of the repository have it.
         trial: called with the original and the replacement; what differs, in words, or None. An
-            exception in it is a complaint too.
+            exception in it is a complaint too. Without a trial the version must be known.
+        only_adds: the original runs in any case, so that any version will do.
     """
 
     path: str
@@ -54,6 +55,7 @@ class Target:
     action: Action = "replaced"
     required: bool = True
     trial: Trial | None = None
+    only_adds: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Recipe:
         targets: what is replaced.
         left_alone: entries for what was considered and stays.
         without: attributes that the module meant does not have: scripts resemble each other.
+        known: digests of the versions of targets and their helpers that were checked, by
+            qualified name.
     """
 
     name: str
@@ -76,11 +80,23 @@ class Recipe:
     targets: tuple[Target, ...]
     left_alone: tuple[Entry, ...] = ()
     without: tuple[str, ...] = ()
+    known: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def recognises(self, module: ModuleType) -> bool:
         """Whether the module is the one meant."""
         others = any(hasattr(module, name) for name in self.without)
-        return not others and all(_find(module, mark) is not None for mark in self.marks)
+        return not others and all(find(module, mark) is not None for mark in self.marks)
+
+    def lacking(self, module: ModuleType) -> tuple[str, ...]:
+        """What a module that nearly is the one meant does not have; empty for any other module.
+
+        Two names of a recipe are no coincidence.
+        """
+        if self.recognises(module) or any(hasattr(module, name) for name in self.without):
+            return ()
+        names = dict.fromkeys((*self.marks, *(t.path for t in self.targets if t.required)))
+        absent = tuple(name for name in names if find(module, name) is None)
+        return absent if len(names) - len(absent) >= 2 else ()
 
 
 def plan(
@@ -103,23 +119,25 @@ def plan(
     entries: list[Entry] = []
     for target in recipe.targets:
         name = f"{module.__name__}.{target.path}"
-        found = _find(module, target.path)
+        found = find(module, target.path)
         if found is None:
             if target.required:
-                entries.append(_missing(name, "it does not exist", strict))
+                entries.append(missing(name, "it does not exist"))
             continue
         owner, leaf, original = found
-        if getattr(original, OURS, None) is not None:
+        if getattr(original, ORIGINAL, None) is not None:
             entries.append(Entry(name, "left alone", reason="already replaced by this package"))
             continue
         complaint = _mismatch(original, target.parameters, owner, module)
         if complaint:
-            entries.append(_missing(name, complaint, strict))
+            entries.append(missing(name, complaint))
             continue
         replacement = mark(target.make(original), original)
-        complaint = _tried(target.trial, original, replacement)
+        complaint = tried(target.trial, original, replacement) or _unknown(
+            recipe, target, original, owner, module
+        )
         if complaint:
-            entries.append(_missing(name, complaint, strict))
+            entries.append(missing(name, complaint, "left alone"))
             continue
         entry = Entry(name, target.action, target.by, target.reason)
         changes.append(Change(owner, leaf, replacement, entry))
@@ -137,13 +155,15 @@ def plan(
                     )
                     changes.append(Change(importer, alias, replacement, again))
                     entries.append(again)
+    if strict:
+        refuse_unknown(entries)
     entries.extend(recipe.left_alone)
     return changes, entries
 
 
 def mark(replacement: Any, original: Any) -> Any:
     """Make a replacement recognisable as ours."""
-    vars(replacement)[OURS] = original
+    vars(replacement)[ORIGINAL] = original
     return replacement
 
 
@@ -183,7 +203,7 @@ def _gap(wanted: torch.Tensor, got: torch.Tensor) -> str | None:
     return f"it computes something else than the version known here (difference {gap:.1e})"
 
 
-def _tried(trial: Trial | None, original: Any, replacement: Any) -> str | None:
+def tried(trial: Trial | None, original: Any, replacement: Any) -> str | None:
     """The complaint of a trial: run on the CPU, whatever the defaults, and with no trace of it."""
     if trial is None:
         return None
@@ -201,17 +221,37 @@ def _tried(trial: Trial | None, original: Any, replacement: Any) -> str | None:
         return f"it cannot be tried ({type(error).__name__}: {error})"
 
 
-def _missing(name: str, complaint: str, strict: bool) -> Entry:
-    if strict:
+def _unknown(
+    recipe: Recipe, target: Target, original: Any, owner: Any, module: ModuleType
+) -> str | None:
+    """The complaint about a version that was not checked and cannot be tried."""
+    if target.trial is not None or target.only_adds:
+        return None
+    apart = frozenset(other.path for other in recipe.targets)
+    name = versions.unknown(original, owner, module, recipe.known, apart)
+    if name is None:
+        return None
+    what = "it" if name == versions.plain(original).__qualname__ else f"{name}, which it calls,"
+    return f"{what} is not one of the versions that were checked"
+
+
+def missing(name: str, complaint: str, action: Action = "missing") -> Entry:
+    """The entry of a target that is missing or not known."""
+    return Entry(name, action, reason=complaint, unknown=True)
+
+
+def refuse_unknown(entries: Sequence[Entry]) -> None:
+    """Raises PatchError, which names all targets that are missing or not known, if any is."""
+    told = [f"{entry.target}: {entry.reason}" for entry in entries if entry.unknown]
+    if told:
         raise PatchError(
-            f"{name}: {complaint}; this version of the repository is not the one known here. "
-            "strict=False patches what is recognised (UME_ACCELERATE=lenient with the environment "
-            "variable) and lists the rest"
+            f"{'; '.join(told)}. This version of the repository is not known here: strict=False "
+            "(UME_ACCELERATE=lenient with the environment variable) leaves that alone, lists it, "
+            "and patches the rest"
         )
-    return Entry(name, "missing", reason=complaint)
 
 
-def _find(module: ModuleType, path: str) -> tuple[Any, str, Any] | None:
+def find(module: ModuleType, path: str) -> tuple[Any, str, Any] | None:
     """Owner, last name and raw value (not bound) of a dotted path; None if it does not exist."""
     owner: Any = module
     *outer, leaf = path.split(".")
@@ -234,8 +274,10 @@ def _mismatch(
         found = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return f"it is of type {type(original).__name__}, not a function"
-    if found[: len(parameters)] != list(parameters):
-        return f"it takes ({', '.join(found)}), expected ({', '.join(parameters)}, …)"
+    for place, name in enumerate(parameters):
+        if place >= len(found) or found[place] != name:
+            given = repr(found[place]) if place < len(found) else "nothing"
+            return f"its parameter {place + 1} is {given}, expected {name!r}"
     home = getattr(inspect.unwrap(function), "__module__", None)
     here = {module.__name__, getattr(owner, "__module__", module.__name__)}
     if home is not None and home not in here:

@@ -25,12 +25,14 @@ class Entry:
             original gives wrong ones, ``"left alone"``, or ``"missing"``.
         by: what stands there now.
         reason: what it does, or why nothing was done.
+        unknown: left alone or missing because this version of it is not known.
     """
 
     target: str
     action: Action
     by: str = ""
     reason: str = ""
+    unknown: bool = False
 
 
 class PatchReport:
@@ -103,7 +105,8 @@ class PatchReport:
         """One line: how many targets were repaired, replaced, left alone, missing."""
         counts = Counter(entry.action for entry in self.entries)
         told = ", ".join(f"{counts[action]} {action}" for action in ACTIONS if counts[action])
-        state = "" if self.changes or self.planned else " (nothing was changed)"
+        done = self.changes or self.replaced or self.repaired
+        state = "" if done or self.planned else " (nothing was changed)"
         state = " (reverted)" if self.changes and not self.active else state
         would = "would have " if self.planned else ""
         return f"{self.subject} ({self.recipe}): {would}{told or 'nothing to do'}{state}"

@@ -6,7 +6,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,10 +16,10 @@ from ume_models.errors import PatchError
 from ume_models.patching import (
     adapter,
     changes,
+    environment,
     hook,
     losses,
     plume_eval,
-    ranking,
     recipes,
     ume_r1,
     vlm2vec,
@@ -29,6 +29,7 @@ from ume_models.patching.recipes import Recipe, Target
 from ume_models.patching.report import Entry, PatchReport
 
 SCRIPT = "__main__"
+PROCESSORS = "src.model.processor"
 
 RECIPES: tuple[Recipe, ...] = (
     *plume_eval.RECIPES,
@@ -36,7 +37,6 @@ RECIPES: tuple[Recipe, ...] = (
     *losses.RECIPES,
     *vlm2vec.RECIPES,
     *ume_r1.RECIPES,
-    *ranking.RECIPES,
 )
 NAMES = tuple(dict.fromkeys(recipe.name for recipe in RECIPES))
 
@@ -60,6 +60,7 @@ def describe(target: str | ModuleType) -> tuple[str, str]:
         return target, target
     fitting = _fitting(target)
     if not fitting:
+        _nearly([target], strict=True)
         raise PatchError(
             f"module {target.__name__}: no repository known here has such a module; known are "
             f"{', '.join(NAMES)}"
@@ -75,21 +76,54 @@ def plan(target: str | ModuleType, strict: bool) -> tuple[list[Change], list[Ent
     """
     if isinstance(target, ModuleType):
         return _plan([(recipe, target) for recipe in _fitting(target)], strict)
-    own = [recipe for recipe in RECIPES if recipe.name == target]
     pairs: list[tuple[Recipe, ModuleType]] = []
-    absent: list[str] = []
+    others: list[ModuleType] = []
+    own = [recipe for recipe in RECIPES if recipe.name == target]
     for recipe in own:
         found = [m for m in map(_loaded_or_imported, recipe.modules) if m is not None]
         fitting = [module for module in found if recipe.recognises(module)]
         pairs.extend((recipe, module) for module in fitting)
-        if not fitting:
-            absent.append(" or ".join(name for name in recipe.modules if name != SCRIPT))
-    if not pairs:
-        raise PatchError(
-            f"{target}: none of its modules can be imported ({', '.join(absent)}); run in the "
-            "repository's folder, or put it on PYTHONPATH"
-        )
-    return _plan(pairs, strict)
+        others.extend(module for module in found if not fitting)
+    entries = _nearly(others, strict)
+    if not pairs and not entries:
+        raise PatchError(f"{target}: {_whose(own, others)}")
+    changes, told = _plan(pairs, strict)
+    return changes, [*entries, *told]
+
+
+def _whose(own: list[Recipe], found: list[ModuleType]) -> str:
+    """Why none of a repository's modules is there."""
+    theirs = [
+        f"{module.__name__} was imported, but is that of {_fitting(module)[0].name!r}"
+        for module in found
+        if _fitting(module)
+    ]
+    if theirs:
+        return f"{'; '.join(theirs)}; pass that name, or run in this repository's folder"
+    names = dict.fromkeys(n for recipe in own for n in recipe.modules if n != SCRIPT)
+    return (
+        f"none of its modules can be imported ({', '.join(names)}); run in the repository's "
+        "folder, or put it on PYTHONPATH"
+    )
+
+
+def _nearly(modules: Iterable[ModuleType], strict: bool) -> list[Entry]:
+    """What modules lack that are nearly those of a repository.
+
+    Raises:
+        PatchError: there is such a module, and strict.
+    """
+    entries = []
+    for module in modules:
+        for recipe in () if _fitting(module) else RECIPES:
+            lacking = recipe.lacking(module) if _named(recipe, module) else ()
+            for name in lacking:
+                target = f"{module.__name__}.{name}"
+                complaint = f"it does not exist; the rest looks like {recipe.name!r}"
+                entries.append(recipes.missing(target, complaint))
+    if strict:
+        recipes.refuse_unknown(entries)
+    return entries
 
 
 def _loaded_or_imported(name: str) -> ModuleType | None:
@@ -102,12 +136,11 @@ def _loaded_or_imported(name: str) -> ModuleType | None:
 
 
 def _fitting(module: ModuleType) -> list[Recipe]:
-    return [
-        recipe
-        for recipe in RECIPES
-        if (hook.known_as(module.__name__) or module.__name__) in recipe.modules
-        and recipe.recognises(module)
-    ]
+    return [r for r in RECIPES if _named(r, module) and r.recognises(module)]
+
+
+def _named(recipe: Recipe, module: ModuleType) -> bool:
+    return (hook.known_as(module.__name__) or module.__name__) in recipe.modules
 
 
 def _plan(pairs: list[tuple[Recipe, ModuleType]], strict: bool) -> tuple[list[Change], list[Entry]]:
@@ -141,6 +174,22 @@ def automatic_reports() -> list[PatchReport]:
     return list(_reports)
 
 
+def before_loading(module: ModuleType) -> None:
+    """Supply what a repository's processors import and this environment does not have."""
+    if hook.mode() == "off" or hook.known_as(module.__name__) != PROCESSORS:
+        return
+    get_source = getattr(getattr(module, "__loader__", None), "get_source", None)
+    # Names like that of the module are common: only the one meant has that function.
+    if get_source is not None and "def load_processor(" in (get_source(module.__name__) or ""):
+        _note(environment.supply())
+
+
+def _note(entries: list[Entry]) -> None:
+    if entries:
+        _reports.append(PatchReport("what is missing here", "environment", entries))
+        _announce(_reports[-1])
+
+
 def module_loaded(module: ModuleType) -> None:
     """Patch a module of a repository; called by the import hook.
 
@@ -149,28 +198,35 @@ def module_loaded(module: ModuleType) -> None:
     """
     if hook.mode() == "off":
         return
+    if hook.known_as(module.__name__) == PROCESSORS:
+        home = module.__name__.removesuffix("processor")
+        _note(environment.adapt_processors(f"{home}vlm_backbone."))
     for recipe in _triggers(module):  # bookkeeping: they change no number, so no report has them
         planned, _ = recipes.plan(recipe, module, strict=False)
         changes.commit(planned)
-    _apply_automatically(module.__name__, [(recipe, module) for recipe in _fitting(module)])
+    _apply_automatically(module)
 
 
 def patch_script() -> None:
     """Patch the functions of the script that is running, once they exist."""
     script = sys.modules.get(SCRIPT)
     if script is not None:
-        _apply_automatically(SCRIPT, [(recipe, script) for recipe in _fitting(script)])
+        _apply_automatically(script)
 
 
-def _apply_automatically(subject: str, pairs: list[tuple[Recipe, ModuleType]]) -> None:
+def _apply_automatically(module: ModuleType) -> None:
     mode = hook.mode()
-    if not pairs or mode == "off":
+    if mode == "off":
         return
-    planned, entries = _plan(pairs, strict=mode == "strict")
-    if not planned:
+    strict, fitting = mode == "strict", _fitting(module)
+    planned, entries = _plan([(recipe, module) for recipe in fitting], strict)
+    entries = [*_nearly([module], strict), *entries]
+    told = {entry.target for report in _reports for entry in report.entries}
+    if not planned and not any(e.unknown and e.target not in told for e in entries):
         return
     changes.commit(planned)
-    report = PatchReport(subject, pairs[0][0].name, entries, planned)
+    name = fitting[0].name if fitting else "not recognised"
+    report = PatchReport(module.__name__, name, entries, planned)
     _reports.append(report)
     _announce(report)
 
@@ -180,8 +236,9 @@ def _announce(report: PatchReport) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     print(f"ume: {report.summary()}", file=sys.stderr)
-    for entry in report.missing:
-        print(f"ume: missing: {entry.target}: {entry.reason}", file=sys.stderr)
+    for entry in report.entries:
+        if entry.unknown or entry.target == "attn_implementation":
+            print(f"ume: {entry.action}: {entry.target}: {entry.reason}", file=sys.stderr)
     path = os.environ.get("UME_ACCELERATE_REPORT")
     if path:
         body = ",\n".join(one.to_json() for one in _reports)
@@ -215,6 +272,7 @@ def _triggers(module: ModuleType) -> list[Recipe]:
                     by="itself",
                     reason="its first call patches the functions of the script that is running",
                     required=False,
+                    only_adds=True,
                 ),
             ),
         )

@@ -20,6 +20,7 @@ from ume_models.backbone.config import BackboneConfig, parse_config
 from ume_models.backbone.text import RMSNorm, TextModel
 from ume_models.backbone.vision import Grid, Norm, VisionModel
 from ume_models.errors import UmeError
+from ume_models.patching import versions
 from ume_models.patching.unwrap import lineage, part, unwrap
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -195,6 +196,8 @@ def _towers(root: nn.Module) -> tuple[nn.Module, nn.Module]:
         raise NoViewError(
             f"{type(root).__name__} is not a Qwen2-VL or Qwen2.5-VL model with its vision tower"
         )
+    if not versions.modelling_known(home):
+        raise NoViewError(f"the modelling code in {home} is not a version that was checked")
     if not any(kind in home for kind in ("qwen2_vl", "qwen2_5_vl")):
         raise NoViewError(f"{type(root).__name__} has a forward of its own (in {home})")
     return text, visual

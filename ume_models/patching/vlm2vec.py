@@ -15,6 +15,7 @@ they are not what M-RoPE would give.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -24,14 +25,16 @@ import torch
 from torch import nn
 
 from ume_models.errors import PatchError, UmeError
+from ume_models.patching import versions
 from ume_models.patching.changes import Change, InstanceForward
 from ume_models.patching.detour import detour
 from ume_models.patching.engine import Engine, engine_for
 from ume_models.patching.forwards import NoLogits, undisturbed
 from ume_models.patching.losses import fits, fused_cross_entropy
-from ume_models.patching.recipes import OURS, Recipe, Target
+from ume_models.patching.recipes import Recipe, Target, missing, refuse_unknown
 from ume_models.patching.report import Entry
 from ume_models.patching.unwrap import lineage, part, unwrap
+from ume_models.patching.versions import ORIGINAL
 
 Tensor = torch.Tensor
 Inputs = Mapping[str, Any]
@@ -355,13 +358,14 @@ _LEFT = {
 }
 
 
-def plan_instance(model: torch.nn.Module) -> list[Change]:
+def plan_instance(model: torch.nn.Module, strict: bool = True) -> tuple[list[Change], list[Entry]]:
     """Changes of one ``MMEBModel``; none where its class or the instance has them already.
 
     Raises:
-        PatchError: it lacks a method of VLM2Vec's class.
+        PatchError: it lacks a method of VLM2Vec's class, or (strict) has one not known here.
     """
-    changes = []
+    changes: list[Change] = []
+    entries: list[Entry] = []
     for name, kind, (by, reason) in (
         ("encode_input", EncodeInput, _ENCODE),
         ("forward", ModelForward, _LOSS),
@@ -371,18 +375,42 @@ def plan_instance(model: torch.nn.Module) -> list[Change]:
             raise PatchError(
                 f"{type(model).__name__} has no {name} or no encoder; is this VLM2Vec's MMEBModel?"
             )
-        if getattr(of_class, OURS, None) is None and not isinstance(
+        if getattr(of_class, ORIGINAL, None) is not None or isinstance(
             vars(model).get(name), InstanceForward
         ):
-            changes.append(Change(model, name, kind(model), Entry(name, "replaced", by, reason)))
-    return changes
+            continue
+        kinds = type(model).__mro__
+        owner = next(kind for kind in kinds if name in vars(kind))
+        strange = versions.unknown(
+            of_class, owner, sys.modules[owner.__module__], VERSIONS, frozenset()
+        )
+        target = f"{type(model).__name__}.{name}"
+        if strange is not None:
+            told = "it" if strange.endswith(f".{name}") else f"{strange}, which it calls,"
+            complaint = f"{told} is not one of the versions that were checked"
+            entries.append(missing(target, complaint, "left alone"))
+        else:
+            entries.append(Entry(name, "replaced", by, reason))
+            changes.append(Change(model, name, kind(model), entries[-1]))
+    if strict:
+        refuse_unknown(entries)
+    return changes, entries
 
+
+VERSIONS = {  # VLM2Vec main from 6ac33bb to 6e1e1d4, and its copy in PLUME
+    "MMEBModel._dist_gather_tensor": "24077b8a72af62c1",
+    "MMEBModel._pooling": "13f76be5ccc4c233",
+    "MMEBModel.compute_similarity": "2096bf7229d34a3b",
+    "MMEBModel.encode_input": "737d21c85b429b88",
+    "MMEBModel.forward": "69e6f7f393bd9267",
+}
 
 RECIPES: tuple[Recipe, ...] = (
     Recipe(
         name="vlm2vec",
         modules=("src.model.model",),
         marks=("MMEBModel.encode_input", "MMEBModel._dist_gather_tensor"),
+        known=VERSIONS,
         targets=(
             Target("MMEBModel.encode_input", ("self", "input"), _encode_of_class, *_ENCODE),
             Target("MMEBModel.forward", ("self", "qry", "tgt"), _forward_of_class, *_LOSS),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from ume_models.patching import apply, revert
+from ume_models.errors import PatchError
+from ume_models.patching import apply, revert, versions
 from ume_models.patching.changes import InstanceForward
 
 pytestmark = pytest.mark.compat
@@ -66,8 +67,11 @@ class MMEBModel(nn.Module):
         return self.encode_input(qry) @ self.encode_input(tgt).T
 
 
-def test_vlm2vec_model(build):
+def test_vlm2vec_model(build, monkeypatch):
     model = MMEBModel(build())
+    with pytest.raises(PatchError, match="encode_input"):
+        apply(model)  # not VLM2Vec's own class
+    monkeypatch.setattr(versions, "unknown", lambda *told: None)
     report = apply(model)
     assert report.subject == "MMEBModel"
     assert {"encode_input", "forward"} <= {e.target for e in report.replaced}

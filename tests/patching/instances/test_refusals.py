@@ -255,3 +255,10 @@ def test_options_that_do_not_exist(build):
     with pytest.raises(TypeError, match="logit"):
         apply(model, logit=False)
     assert not any(isinstance(vars(m).get("forward"), InstanceForward) for m in model.modules())
+
+
+def test_a_class_around_a_known_model_names_the_model(model):
+    outer = torch.nn.Module()
+    outer.base = model
+    with pytest.raises(PatchError, match=r"pass model\.base"):
+        apply(outer)
