@@ -63,8 +63,12 @@ def test_ragged_attention_equals_a_plain_loop(lengths, queries, kv_heads, group,
 
 
 @pytest.mark.compat
-def test_layer_equals_transformers(tmp_path):
-    """One row, prompt and then two chunks, against Qwen2's decoder layer over the whole text."""
+@pytest.mark.parametrize("offset", [0, -2, 30])
+def test_layer_equals_transformers(tmp_path, offset):
+    """One row, prompt and then two chunks, against Qwen2's decoder layer over the whole text.
+
+    Positions behind the prompt go on ``offset`` from where it ends.
+    """
     from transformers import Qwen2Config, Qwen2Model
 
     torch.manual_seed(0)
@@ -93,12 +97,14 @@ def test_layer_equals_transformers(tmp_path):
     theirs.norm = torch.nn.Identity()
     embeds = torch.randn(1, 9, 48)
     with torch.inference_mode():
-        expected = theirs(inputs_embeds=embeds).last_hidden_state
+        positions = torch.arange(9) + offset * (torch.arange(9) >= 4)
+        expected = theirs(inputs_embeds=embeds, position_ids=positions[None]).last_hidden_state
         keys, values = torch.zeros(2, 1, 2, 16, 12).unbind(0)
         got = []
         for start, stop in ((0, 4), (4, 5), (5, 9)):
+            moved = torch.tensor([offset]) if start and offset else None
             step = decode_step(
-                torch.tensor([start]), stop - start, stop, table(12), shape, torch.float32
+                torch.tensor([start]), stop - start, stop, table(12), shape, torch.float32, moved
             )
             chunk = embeds[:, start:stop]
             got.append(decode_layer(chunk, step, keys, values, weights, shape))

@@ -58,20 +58,25 @@ def tables(shape: LayerShape, positions: int) -> tuple[torch.Tensor, torch.Tenso
     return rope_table(positions, 1e4**-exponent)
 
 
-def run_both(lengths, queries, shape, width, inner, dtype=torch.float32, bias=True, capacity=None):
+def run_both(
+    lengths, queries, shape, width, inner, dtype=torch.float32, bias=True, capacity=None, moved=0
+):
     """(Triton, reference in float32, reference in dtype): outputs and arenas."""
     weights = make_layer(width, shape, inner, dtype, bias)
     longest = max(lengths) + queries
     capacity = capacity or longest + 5
     hidden = torch.randn(len(lengths), queries, width).to(dtype)
     arena = torch.randn(2, len(lengths), shape.num_kv_heads, capacity, shape.head_dim).to(dtype)
-    rope = tables(shape, capacity)
+    rope = tables(shape, capacity + 9)
     out = []
     for kind in ("triton", "float32", "eager"):
         kv = arena.float() if kind == "float32" else arena.clone()
         x = hidden.float() if kind == "float32" else hidden
         w = to_float(weights) if kind == "float32" else weights
-        step = decode_step(torch.tensor(lengths), queries, longest, rope, shape, x.dtype)
+        offsets = None
+        if moved:  # by another number in every row, backwards in some
+            offsets = torch.tensor([max(moved - 3 * row, -n) for row, n in enumerate(lengths)])
+        step = decode_step(torch.tensor(lengths), queries, longest, rope, shape, x.dtype, offsets)
         if kind == "triton":
             for row, length in enumerate(lengths):
                 kv[:, row, :, length:] = float("nan")  # must never be read
@@ -94,13 +99,16 @@ def run_both(lengths, queries, shape, width, inner, dtype=torch.float32, bias=Tr
     width=st.sampled_from([32, 48, 80]),
     inner=st.sampled_from([16, 40, 96]),
     bias=st.booleans(),
+    moved=st.sampled_from([0, 6]),
     seed=st.integers(0, 99),
 )
-def test_layer_equals_the_reference(lengths, queries, heads, head_dim, width, inner, bias, seed):
+def test_layer_equals_the_reference(
+    lengths, queries, heads, head_dim, width, inner, bias, moved, seed
+):
     torch.manual_seed(seed)
     shape = LayerShape(*heads, head_dim, 1e-6)
     (got, arena), (expected, expected_arena), _ = run_both(
-        lengths, queries, shape, width, inner, bias=bias
+        lengths, queries, shape, width, inner, bias=bias, moved=moved
     )
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(arena, expected_arena, rtol=1e-4, atol=1e-5)

@@ -102,6 +102,7 @@ def _decode_layer_op(
     head_dim: int,
     rms_eps: float,
     max_length: int,
+    offsets: torch.Tensor | None,
     backend: str | None,
 ) -> torch.Tensor:
     weights = DecoderLayerWeights(
@@ -110,7 +111,7 @@ def _decode_layer_op(
     )  # fmt: skip
     shape = LayerShape(num_heads, num_kv_heads, head_dim, rms_eps)
     rope = (cos_table, sin_table)
-    step = decode_step(lengths, hidden.shape[1], max_length, rope, shape, hidden.dtype)
+    step = decode_step(lengths, hidden.shape[1], max_length, rope, shape, hidden.dtype, offsets)
     return _layer(hidden, step, keys, values, weights, backend)
 
 
@@ -221,7 +222,7 @@ def decode_layer(
         return _decode_layer_op(
             hidden, step.lengths, step.cos_table, step.sin_table, keys, values, *flat,
             shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rms_eps, step.max_length,
-            None if backend is None else str(backend),
+            step.offsets, None if backend is None else str(backend),
         )  # fmt: skip
     return _layer(hidden, step, keys, values, weights, backend)
 

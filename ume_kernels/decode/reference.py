@@ -82,6 +82,8 @@ class DecodeStep:
         cos_table, sin_table: float32 ``[P, dh / 2]`` with P ≥ max_length, from ``rope_table``.
         shape: sizes of the layers.
         dtype: of the hidden states.
+        offsets: int64 ``[B]`` on the device: a token's position less its place in its row; None
+            where they are the same.
     """
 
     lengths: torch.Tensor
@@ -91,11 +93,17 @@ class DecodeStep:
     sin_table: torch.Tensor
     shape: LayerShape
     dtype: torch.dtype
+    offsets: torch.Tensor | None = None
 
     @cached_property
     def slots(self) -> torch.Tensor:
-        """Int64 ``[B, Q]``: where in its row each new token is cached; also its position."""
+        """Int64 ``[B, Q]``: where in its row each new token is cached."""
         return self.lengths[:, None] + torch.arange(self.queries, device=self.lengths.device)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Int64 ``[B, Q]``: rotary positions of the new tokens."""
+        return self.slots if self.offsets is None else self.slots + self.offsets[:, None]
 
     @cached_property
     def rows(self) -> torch.Tensor:
@@ -105,12 +113,12 @@ class DecodeStep:
     @cached_property
     def cos(self) -> torch.Tensor:
         """``[B, Q, 1, dh]`` in ``dtype``."""
-        return _whole_heads(self.cos_table[self.slots], self.dtype)
+        return _whole_heads(self.cos_table[self.positions], self.dtype)
 
     @cached_property
     def sin(self) -> torch.Tensor:
         """``[B, Q, 1, dh]`` in ``dtype``."""
-        return _whole_heads(self.sin_table[self.slots], self.dtype)
+        return _whole_heads(self.sin_table[self.positions], self.dtype)
 
     @cached_property
     def visible(self) -> torch.Tensor:
@@ -136,19 +144,22 @@ def decode_step(
     rope: tuple[torch.Tensor, torch.Tensor],
     shape: LayerShape,
     dtype: torch.dtype,
+    offsets: torch.Tensor | None = None,
 ) -> DecodeStep:
-    """A pass of ``queries`` new tokens per row at positions ``lengths …``; see ``DecodeStep``.
+    """A pass of ``queries`` new tokens per row behind ``lengths``; see ``DecodeStep``.
 
     Nothing here reads a device value on the host.
 
     Args:
         lengths: int64 ``[B]``.
         queries, max_length, shape, dtype: as in ``DecodeStep``.
-        rope: the tables of ``rope_table``.
+        rope: the tables of ``rope_table``; with ``offsets`` they reach the positions meant.
+        offsets: as in ``DecodeStep``.
 
     Raises:
-        ValueError: lengths are not integers ``[B]``, ``max_length`` is less than ``queries``, or
-            the tables are shorter than ``max_length``, of another head size or not float32.
+        ValueError: lengths or offsets are not integers ``[B]``, ``max_length`` is less than
+            ``queries``, or the tables are shorter than ``max_length``, of another head size or not
+            float32.
             Lengths on the CPU are also checked against ``max_length``; elsewhere reading them
             would wait for the device, and tokens outside of the arena are dropped.
     """
@@ -156,6 +167,11 @@ def decode_step(
     if lengths.ndim != 1 or lengths.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"lengths must be integers [B], got {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    if offsets is not None and (offsets.shape != lengths.shape or offsets.dtype != torch.int64):
+        raise ValueError(
+            f"offsets must be int64 {tuple(lengths.shape)}, got {offsets.dtype} "
+            f"{tuple(offsets.shape)}"
         )
     if not 1 <= queries <= max_length:
         raise ValueError(f"{queries} new tokens per row do not fit max_length={max_length}")
@@ -172,8 +188,9 @@ def decode_step(
                 f"{shape.head_dim} need at least ({max_length}, {shape.head_dim // 2})"
             )
     return DecodeStep(
-        lengths.contiguous(), queries, max_length, cos.contiguous(), sin.contiguous(), shape, dtype
-    )
+        lengths.contiguous(), queries, max_length, cos.contiguous(), sin.contiguous(), shape, dtype,
+        None if offsets is None else offsets.contiguous(),
+    )  # fmt: skip
 
 
 def _check_lengths(lengths: torch.Tensor, queries: int, max_length: int) -> None:

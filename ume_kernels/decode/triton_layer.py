@@ -51,7 +51,9 @@ def decode_layer_triton(
     qkv = tuned("qkv")
     if qkv["gemm"] == "triton":
         rope = (step.cos_table, step.sin_table)
-        q = qkv_rope_append(x, step.lengths, queries, rope, keys, values, w, shape, qkv)
+        q = qkv_rope_append(
+            x, step.lengths, step.offsets, queries, rope, keys, values, w, shape, qkv
+        )
     else:
         q = _qkv_cublas(x, step, keys, values, w)
     q = q.view(batch, queries, shape.num_heads, shape.head_dim)

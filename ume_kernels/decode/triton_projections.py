@@ -122,11 +122,13 @@ def _qkv_kernel(
     k_bias_ptr,
     v_bias_ptr,
     lengths_ptr,
+    offsets_ptr,
     cos_ptr,
     sin_ptr,
     rows,
     width,
     capacity,
+    positions,
     eps,
     slot_stride,
     head_stride,
@@ -136,13 +138,14 @@ def _qkv_kernel(
     HALF_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
     PRENORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """RMSNorm, q/k/v projections with bias, RoPE at position = KV length, append to the arena.
+    """RMSNorm, q/k/v projections with bias, RoPE at KV length + offset, append to the arena.
 
     A program computes PAIRS rotary pairs (columns i and i + dh/2) of one head, so that it can
     rotate them itself. Grid: (heads · pair blocks, row blocks).
@@ -179,9 +182,12 @@ def _qkv_kernel(
         second += bias.to(tl.float32)[None, :]
 
     batch = row // QUERIES
-    position = tl.load(lengths_ptr + batch, mask=row_mask, other=0) + row % QUERIES
-    # A position outside of the arena is a caller's error; writing nothing keeps it a wrong result.
-    inside = row_mask & (position >= 0) & (position < capacity)
+    slot = tl.load(lengths_ptr + batch, mask=row_mask, other=0) + row % QUERIES
+    position = slot
+    if HAS_OFFSETS:
+        position += tl.load(offsets_ptr + batch, mask=row_mask, other=0)
+    # A place outside of the arena is a caller's error; writing nothing keeps it a wrong result.
+    inside = row_mask & (slot >= 0) & (slot < capacity) & (position >= 0) & (position < positions)
     mask = inside[:, None] & pair_mask[None, :]
     if head < HEADS + KV_HEADS:
         angle = position[:, None] * HALF_DIM + pair[None, :]
@@ -197,7 +203,7 @@ def _qkv_kernel(
         if head >= HEADS + KV_HEADS:
             base = values_ptr
         out = base + batch.to(tl.int64) * slot_stride + local.to(tl.int64) * head_stride
-        out += position * (2 * HALF_DIM)
+        out += slot * (2 * HALF_DIM)
     out = out[:, None] + pair[None, :]
     tl.store(out, first.to(q_out_ptr.dtype.element_ty), mask=mask)
     tl.store(out + HALF_DIM, second.to(q_out_ptr.dtype.element_ty), mask=mask)
@@ -305,6 +311,7 @@ def _tiles(config: Config) -> dict[str, Any]:
 def qkv_rope_append(
     hidden: torch.Tensor,
     lengths: torch.Tensor,
+    offsets: torch.Tensor | None,
     queries: int,
     rope: tuple[torch.Tensor, torch.Tensor],
     keys: torch.Tensor,
@@ -326,10 +333,12 @@ def qkv_rope_append(
         w.q_bias if has_bias else none,
         w.k_bias if has_bias else none,
         w.v_bias if has_bias else none,
-        lengths, rope[0], rope[1], rows, width, min(keys.shape[2], len(rope[0])), shape.rms_eps,
+        lengths, lengths if offsets is None else offsets, rope[0], rope[1], rows, width,
+        keys.shape[2], len(rope[0]), shape.rms_eps,
         keys.stride(0), keys.stride(1),
         QUERIES=queries, HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, HALF_DIM=half,
-        HAS_BIAS=has_bias, PRENORM=hidden.dtype == torch.float16, **_tiles(config),
+        HAS_BIAS=has_bias, HAS_OFFSETS=offsets is not None,
+        PRENORM=hidden.dtype == torch.float16, **_tiles(config),
     )  # fmt: skip
     return q
 

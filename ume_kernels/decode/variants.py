@@ -13,6 +13,7 @@ from ume_kernels.tuning import Config, shipped
 # Arguments of a fixed type, whatever the dtype of the model.
 _FIXED = {
     "lengths_ptr": "*i64",
+    "offsets_ptr": "*i64",
     "slots_ptr": "*i64",
     "cos_ptr": "*fp32",
     "sin_ptr": "*fp32",
@@ -25,7 +26,9 @@ _FIXED = {
 # Sizes that are not multiples of 16 in general.
 _RAGGED = ("rows", "extra", "eps", "scale", "split_blocks", "slot_count")
 
-_QKV = {"QUERIES": 1, "HEADS": 12, "KV_HEADS": 2, "HALF_DIM": 64, "HAS_BIAS": True}
+_QKV = {
+    "QUERIES": 1, "HEADS": 12, "KV_HEADS": 2, "HALF_DIM": 64, "HAS_BIAS": True, "HAS_OFFSETS": True
+}  # fmt: skip
 _ATTEND = {"HAS_SLOTS": False, "GROUP": 6, "KV_HEADS": 2, "HEAD_DIM": 128, "BLOCK_D": 128}
 
 

@@ -170,22 +170,25 @@ class TextModel(nn.Module):
         max_length: int,
         layers: Sequence[DecoderLayerWeights],
         rope: RopeTable,
+        offsets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run ``Q`` new tokens per row whose positions equal the row's KV length.
+        """Run ``Q`` new tokens per row, behind its KV length.
 
         Args:
             embeds: ``[B, Q, D]``.
             lengths: int64 ``[B]`` on the device: tokens cached so far; not changed.
             cache: rows are slots ``0 … B - 1``; written in place.
             max_length: host-side bound on ``lengths + Q``.
-            layers, rope: ``layer_weights()`` and ``rope_table(P)`` with P ≥ max_length, fetched
-                once per rollout.
+            layers, rope: ``layer_weights()`` and ``rope_table(P)`` with P beyond every position,
+                fetched once per rollout.
+            offsets: int64 ``[B]`` on the device: a token's position less its place in the row,
+                which is also its position where there is None.
 
         Returns:
             ``[B, Q, D]`` after the final norm.
         """
         batch, queries, _ = embeds.shape
-        step = decode_step(lengths, queries, max_length, rope, self.shape, embeds.dtype)
+        step = decode_step(lengths, queries, max_length, rope, self.shape, embeds.dtype, offsets)
         hidden = embeds
         for number, w in enumerate(layers):
             keys, values = cache[number, 0, :batch], cache[number, 1, :batch]
