@@ -13,6 +13,7 @@ from benchmarks.shaped import image_items, shaped_model, text_items
 from ume_models.embedders.plume import PlumeForEmbedding
 from ume_models.rollout.graphs import MAX_GRAPHS, GraphPool
 from ume_models.rollout.latent import Latent
+from ume_models.rollout.tokens import Token
 
 pytestmark = pytest.mark.gpu(dry=True)
 
@@ -57,6 +58,22 @@ def rolled(model, batch, plan):
 
 def policy(model, plan):
     return Latent(plan, model.latent_moe_transition)
+
+
+@torch.no_grad()
+def test_words_of_recordings_are_those_of_single_steps(model, dry_run):
+    """Rows come in and leave; with recordings the host looks every few steps only."""
+    batch = [prompt for n in (5, 12, 40, 17, 9) for prompt in prompts(model, 1, n, seed=n)]
+    head = model.model.embed_tokens.weight
+    policy = Token(head, -1, "official", (), 4 if dry_run else 40, slots=2)
+    hidden, trace = model.rollout.run(batch, policy, trace=True)
+    kept, model.rollout.graphs = model.rollout.graphs, GraphPool(None)
+    try:
+        expected, wanted = model.rollout.run(batch, policy, trace=True)
+    finally:
+        model.rollout.graphs = kept
+    assert trace.token_ids == wanted.token_ids
+    assert float((unit(hidden) - unit(expected)).abs().max()) <= CLOSE
 
 
 @torch.no_grad()

@@ -13,35 +13,10 @@ import pytest
 import torch
 
 import ume_models
+from tests.support.recorder import Rerun
 from ume_models.backbone.structure import Structure
 from ume_models.rollout.engine import Engine
-from ume_models.rollout.graphs import CaptureError, GraphPool, Recording
-
-
-class Rerun:
-    """Records by keeping the closure; ``sizes`` are the bytes the next recordings claim."""
-
-    def __init__(self, sizes=(), error=None):
-        self.recorded = self.replays = self.drained = self.pools = 0
-        self.sizes, self.error = list(sizes), error
-
-    def record(self, work):
-        work()
-        if self.error is not None:
-            raise CaptureError("no graphs today") from self.error
-        self.recorded += 1
-
-        def replay():
-            self.replays += 1
-            work()
-
-        return Recording(replay, self.sizes.pop(0) if self.sizes else 0)
-
-    def drain(self):
-        self.drained += 1
-
-    def fresh_pool(self):
-        self.pools += 1
+from ume_models.rollout.graphs import GraphPool
 
 
 @pytest.fixture(scope="module")

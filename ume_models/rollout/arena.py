@@ -82,6 +82,16 @@ class KVArena:
             cache[:, :, len(lengths) :].zero_()
         return cache
 
+    def grow(self, cache: torch.Tensor, length: int) -> torch.Tensor:
+        """The cache of the current batch with room for rows of ``length`` tokens."""
+        shape = self._shape(cache.shape[2], length)
+        storage = torch.zeros(torch.Size(shape).numel(), dtype=self._dtype, device=self._device)
+        larger = storage.view(shape)
+        larger[..., : cache.shape[4], :] = cache
+        self.release()
+        self._storage = storage
+        return larger
+
     def release(self) -> None:
         """Free the allocation."""
         if self._storage is None:

@@ -1,15 +1,15 @@
 """The engine of every embedder: packed prefill into a ragged arena, then what a policy wants.
 
 A policy says which states of a prompt it needs and what follows the prefill: nothing
-(``SinglePass``), or steps whose inputs it makes itself (``Latent``). Prefill, prompt headers,
-arena, rotary tables, recordings and the vision tower are here, once for all of them.
+(``SinglePass``), or steps whose inputs it makes itself (``Latent``, ``Token``). Prefill, prompt
+headers, arena, rotary tables, recordings and the vision tower are here, once for all of them.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -36,6 +36,9 @@ from ume_models.rollout.sequence import Sequence, Visual, beginning
 # wants more. One larger image goes alone.
 VISION_PATCHES = {"cpu": 2048, "cuda": 65536}
 
+GROWS_BY = 256
+"""Tokens beyond the prompts that the arena holds before a policy has to let it grow."""
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -54,6 +57,7 @@ class Policy(Protocol):
     Attributes:
         reserve: tokens that a row grows by, at most.
         queries: new tokens per row of its widest decoder pass; 0 if there is none.
+        slots: rows in the arena at a time, of which it lets others in as some leave; None for all.
     """
 
     @property
@@ -61,6 +65,9 @@ class Policy(Protocol):
 
     @property
     def queries(self) -> int: ...
+
+    @property
+    def slots(self) -> int | None: ...
 
     def reads(self, prompt: Sequence) -> tuple[int, ...]:
         """Indices of the prompt's tokens whose states it needs, in its own order.
@@ -70,6 +77,13 @@ class Policy(Protocol):
 
     def follow(self, rows: Prefilled, trace: bool) -> tuple[torch.Tensor, Trace | None]:
         """States ``[B, D]`` after the final norm, of which the embeddings are made."""
+
+
+Prefill = Callable[[Seq[int], torch.Tensor, int], torch.Tensor]
+
+
+def _nothing_waits(*_: object) -> torch.Tensor:
+    raise AssertionError("every prompt is in the arena")
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,8 @@ class Prefilled:
         lengths: prompt tokens of each row; row r lies in slot r of the cache.
         cache: ``[layers, 2, slots, Hkv, capacity, dh]``.
         states: for each of the policy's ``reads`` the states ``[B, D]`` after the final norm.
+        prompts: those of the whole batch; the first are these rows.
+        prefill: ``(which prompts, cache, first slot)`` to their states, as ``states[0]``.
     """
 
     engine: Engine
@@ -89,6 +105,8 @@ class Prefilled:
     lengths: Seq[int]
     cache: torch.Tensor
     states: tuple[torch.Tensor, ...]
+    prompts: Seq[Sequence] = ()
+    prefill: Prefill = _nothing_waits
 
 
 class Engine:
@@ -133,13 +151,21 @@ class Engine:
             reads = [policy.reads(sequence) for sequence in batch]
             if not policy.reserve:  # attention is causal: what stands behind is never read
                 batch = [self._until(s, max(at)) for s, at in zip(batch, reads, strict=True)]
-            lengths = [len(sequence) for sequence in batch]
+            slots = len(batch) if policy.slots is None else min(policy.slots, len(batch))
+            room = policy.reserve if policy.slots is None else min(policy.reserve, GROWS_BY)
+            lengths = [len(sequence) for sequence in batch[:slots]]
             headers = self._headers(batch, [min(tokens) for tokens in reads])
             layers = self.text.layer_weights()
             finite = self._reads_unused(layers[0], max(policy.queries, 1))
-            cache = self.arena.begin(lengths, policy.reserve, finite)
-            states = self._states(batch, headers, cache, reads)
-            return policy.follow(Prefilled(self, layers, lengths, cache, states), trace)
+            cache = self.arena.begin(lengths, room, finite)
+            states = self._states(batch[:slots], headers[:slots], cache, reads[:slots])
+
+            def prefill(rows: Seq[int], cache: torch.Tensor, slot: int) -> torch.Tensor:
+                prompts, at = [batch[row] for row in rows], [reads[row] for row in rows]
+                return self._prefill(prompts, [headers[row] for row in rows], cache, at, slot)
+
+            here = Prefilled(self, layers, lengths, cache, states, batch, prefill)
+            return policy.follow(here, trace)
 
     def _until(self, sequence: Sequence, token: int) -> Sequence:
         """The prompt up to a token, or all of it where the token lies inside of a visual."""
@@ -236,6 +262,7 @@ class Engine:
         headers: Seq[Header | None],
         cache: torch.Tensor,
         read: Seq[Seq[int]],
+        first_slot: int = 0,
     ) -> torch.Tensor:
         """Pack, embed, insert visual tokens and prefill; states at ``read``, row after row."""
         spans: list[Span] = []
@@ -244,8 +271,8 @@ class Engine:
         wanted: list[int] = []
         visuals: list[Visual] = []
         start = 0
-        for slot, (sequence, header) in enumerate(zip(batch, headers, strict=True)):
-            cached = 0
+        for row, (sequence, header) in enumerate(zip(batch, headers, strict=True)):
+            slot, cached = first_slot + row, 0
             if header is not None and header.kv is not None:
                 cached = len(header.sequence)
                 cache[:, :, slot, :, :cached] = header.kv
@@ -254,7 +281,7 @@ class Engine:
             spans.append(Span(slot, cached, start, len(sequence) - cached))
             ids.append(torch.from_numpy(sequence.input_ids[cached:]))
             positions.append(torch.from_numpy(sequence.positions[:, cached:]))
-            wanted.extend(start + token - cached for token in read[slot])
+            wanted.extend(start + token - cached for token in read[row])
             start += len(sequence) - cached
         packed = torch.cat(ids)
         embeds = F.embedding(

@@ -170,6 +170,7 @@ class GraphPool:
         shapes: Sequence[tuple[int, ...]],
         body: Body,
         keep: object = None,
+        dtypes: Sequence[torch.dtype] | None = None,
     ) -> tuple[torch.Tensor, ...] | None:
         """Replay the recording of ``body`` for ``key``, recording it first if there is none.
 
@@ -179,7 +180,7 @@ class GraphPool:
                 all recordings are dropped.
             inputs: tensors of at most ``rows`` rows; the rows that are missing become zeros.
             rows: rows of the bucket.
-            shapes: of the outputs of ``body``, which have the type of the first input.
+            shapes, dtypes: of the outputs of ``body``; the types are the first input's by default.
             body: the work, a function of tensors like ``inputs`` with ``rows`` rows. It reads no
                 device value on the host and leaves its inputs unchanged.
             keep: what must stay alive as long as the recording.
@@ -194,7 +195,13 @@ class GraphPool:
             self._identity = identity
         entry = self._entries.get(key)
         if entry is None:
-            entry = self._record(self._recorder, key, inputs, rows, shapes, body, keep)
+            like = next(iter(inputs.values()))
+            types = dtypes or [like.dtype] * len(shapes)
+            outputs = tuple(
+                like.new_zeros(shape, dtype=dtype)
+                for shape, dtype in zip(shapes, types, strict=True)
+            )
+            entry = self._record(self._recorder, key, inputs, rows, outputs, body, keep)
             if entry is None:
                 return None
         else:
@@ -218,14 +225,12 @@ class GraphPool:
         key: Hashable,
         inputs: Inputs,
         rows: int,
-        shapes: Sequence[tuple[int, ...]],
+        outputs: tuple[torch.Tensor, ...],
         body: Body,
         keep: object,
     ) -> _Entry | None:
         static = {name: x.new_zeros(rows, *x.shape[1:]) for name, x in inputs.items()}
         _fill(static, inputs)
-        like = next(iter(inputs.values()))
-        outputs = tuple(like.new_zeros(shape) for shape in shapes)
 
         def work() -> None:
             for out, result in zip(outputs, body(static), strict=True):

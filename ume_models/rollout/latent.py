@@ -66,6 +66,7 @@ class Latent:
 
     plan: LatentPlan
     adapter: MoETransition | None
+    slots = None
 
     @property
     def reserve(self) -> int:
@@ -109,13 +110,14 @@ class Latent:
                 inputs["context"] = context
             inputs["lengths"] = lengths
             shapes = [(slots, z.shape[1])] + [(slots, plan.steps, z.shape[1])] * trace
-            weights = [] if self.adapter is None else list(self.adapter.parameters())
             found = engine.graphs.run(
                 key=(
                     slots, capacity, plan.steps, plan.suffix_ids, context is not None,
                     plan.excluded, self.adapter and self.adapter.top_k, trace,
                 ),
-                identity=(engine.arena.address, engine.weights_identity(rows.layers, weights)),
+                identity=(
+                    engine.arena.address, engine.weights_identity(rows.layers, self._weights())
+                ),
                 inputs=inputs,
                 rows=slots,
                 shapes=shapes,
@@ -139,6 +141,10 @@ class Latent:
             return lambda z, context, step: adapter(z, step, context, excluded=excluded)[0]
         weights, top_k = adapter.weights(), adapter.top_k
         return lambda z, context, step: moe_transition(z, context, step, weights, top_k, mask)[0]
+
+    def _weights(self) -> list[torch.Tensor]:
+        """What the transition reads."""
+        return [] if self.adapter is None else [*self.adapter.parameters()]
 
     def _draws_dropout(self) -> bool:
         return self.adapter is not None and self.adapter.training and self.adapter.dropout > 0

@@ -22,6 +22,7 @@ class SinglePass:
     token: Callable[[Sequence], int]
     reserve = 0
     queries = 0
+    slots = None
 
     def reads(self, prompt: Sequence) -> tuple[int, ...]:
         return (self.token(prompt),)
