@@ -61,6 +61,7 @@ class Embedder(ABC):
     Attributes:
         family: name of the family, as ``load(…, family=…)`` takes it.
         Options: class of its options.
+        asymmetric: an item with an instruction is a query, one without a candidate.
         options: defaults of this model.
         profile: the convention under which it embeds.
         processor: items to inputs, under that convention.
@@ -70,6 +71,7 @@ class Embedder(ABC):
 
     family: ClassVar[str]
     Options: ClassVar[type[EmbedOptions]] = EmbedOptions
+    asymmetric: ClassVar[bool] = False
     options: EmbedOptions
     profile: Profile
     processor: Processor
@@ -180,6 +182,16 @@ class Embedder(ABC):
         self, rows: Sequence[PreparedItem], options: EmbedOptions | None = None
     ) -> torch.Tensor:
         """Embeddings ``[B, D]`` of items the processor prepared; no padding is involved."""
+
+    def writes(self, options: EmbedOptions) -> bool:
+        """Whether it reasons in words, so that the traces are of ``TokenTrace``."""
+        return False
+
+    @abstractmethod
+    def embed_traced(
+        self, rows: Sequence[PreparedItem], options: EmbedOptions | None = None
+    ) -> tuple[torch.Tensor, Trace]:
+        """``embed_prepared``, and what lies behind the embeddings."""
 
     @abstractmethod
     def prepare(self, items: Iterable[Any]) -> list[PreparedItem]:

@@ -21,6 +21,7 @@ from ume_models.embedder import Embedder, EmbedOptions
 from ume_models.errors import ErrorKind, ItemError, OptionError
 from ume_models.processing import PlannedItem, PreparedItem, prefetch
 from ume_models.processing.rules import whole_number
+from ume_models.rollout.tokens import TokenTrace
 
 Progress = Callable[[int, int], None]
 
@@ -40,6 +41,8 @@ class EncodeStats:
         tokens: prompt tokens of those.
         batches: calls of the model.
         splits: batches halved because memory ran out.
+        written: tokens that the model wrote, where it reasons in words.
+        direct, fallbacks: rows that wrote none, and rows whose embedding token never came.
         plan_seconds, wait_seconds, model_seconds: planning, waiting for media, computing.
     """
 
@@ -48,6 +51,9 @@ class EncodeStats:
     tokens: int = 0
     batches: int = 0
     splits: int = 0
+    written: int = 0
+    direct: int = 0
+    fallbacks: int = 0
     plan_seconds: float = 0.0
     wait_seconds: float = 0.0
     model_seconds: float = 0.0
@@ -265,7 +271,7 @@ class _Batches:
         problem: ItemError | None = None
         started = time.perf_counter()
         try:
-            result = self.model.embed_prepared(items, self.options).cpu()
+            result = self._embed(items).cpu()
         except FloatingPointError as error:
             problem = ItemError(str(error), kind=ErrorKind.NOT_FINITE)
         except (MemoryError, RuntimeError) as error:
@@ -289,6 +295,16 @@ class _Batches:
         middle = len(items) // 2
         yield from self(items[:middle])
         yield from self(items[middle:])
+
+    def _embed(self, items: Sequence[PreparedItem]) -> torch.Tensor:
+        if not self.model.writes(self.options):
+            return self.model.embed_prepared(items, self.options)
+        result, trace = self.model.embed_traced(items, self.options)
+        assert isinstance(trace, TokenTrace)
+        self.stats.written += sum(map(len, trace.token_ids))
+        self.stats.direct += trace.route.count("direct")
+        self.stats.fallbacks += sum(trace.fallback)
+        return result
 
     def _free_memory(self) -> None:
         self.stats.splits += 1

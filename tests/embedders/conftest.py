@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import ume_models
+from ume_models.rollout import tokens
 
 FAMILY = Path(__file__).parent.parent / "conformance" / "family_seen"
 
@@ -53,6 +54,35 @@ def agrees(family_recorded: Any) -> Callable[[Any, str], None]:
             got = model.embed(**family_recorded.batch(names, side, pad_id=480))
             expected = torch.stack([family_recorded.expected(n, variant) for n in names])
             assert float((got - expected).abs().max()) <= 1e-5, side
+
+    return check
+
+
+@pytest.fixture
+def writes(family_recorded: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Asserts that a model writes the recorded ids and gives the recorded embeddings.
+
+    Alone, and in shuffled batches of which only some rows decode at a time; yields names and trace.
+    """
+
+    def check(model: Any, ids: str, variant: str, **options: Any) -> Any:
+        names = list(family_recorded.names)
+        for seed, side, slots in ((None, "", 1), (0, "left", 2), (1, "right", 4)):
+            monkeypatch.setitem(tokens.SLOTS, "cpu", slots)
+            random.Random(seed).shuffle(names)
+            batches = [[name] for name in names] if seed is None else [names[:]]
+            for batch in batches:
+                inputs = (
+                    family_recorded.inputs(batch[0])
+                    if seed is None
+                    else family_recorded.batch(batch, side, pad_id=480)
+                )
+                got, trace = model.embed(**inputs, **options, return_trace=True)
+                recorded_ids = [family_recorded.tensors[f"{n}.{ids}.ids"].tolist() for n in batch]
+                assert trace.token_ids == recorded_ids
+                expected = torch.stack([family_recorded.expected(n, variant) for n in batch])
+                assert float((got - expected).abs().max()) <= 1e-5
+                yield batch, trace
 
     return check
 

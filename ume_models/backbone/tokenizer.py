@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ume_models.backbone.fields import TEXT, field, read_json, real
+from ume_models.backbone.fields import TEXT, field, read_json, real, several, whole
 from ume_models.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -63,3 +64,18 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
                 "(such as Qwen/Qwen2-VL-2B-Instruct) next to the weights"
             )
     return tokenizer
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, sources: Sequence[Path]) -> frozenset[int]:
+    """Ids that end a generated text: those of ``generation_config.json``, or the tokenizer's.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    for source in sources:
+        path = source / "generation_config.json"
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        if value is not None:
+            content = {"eos_token_id": value if isinstance(value, list) else [value]}
+            return frozenset(field(content, str(path), "eos_token_id", several(whole(0, 10**7))))
+    return frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})

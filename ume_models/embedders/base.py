@@ -37,6 +37,7 @@ from ume_models.rollout.engine import Engine, Policy, Trace, unit_norm
 from ume_models.rollout.sequence import Sequence as Prompt
 from ume_models.rollout.sequence import Visual, build_sequence
 from ume_models.rollout.single_pass import SinglePass
+from ume_models.rollout.tokens import Token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,6 +170,11 @@ class BackboneEmbedder(Embedder, nn.Module):
             return self.rollout.run(batch, self.policy(options), trace)
         reference: SinglePassReference = self.reference
         policy = self.policy(options)
+        if isinstance(policy, Token):
+            found = [reference.write(prompt, policy) for prompt in batch]
+            hidden = torch.stack([state for state, _ in found])
+            written = [ids for _, ids in found]
+            return hidden, policy.traced(hidden, written, batch) if trace else None
         states = [reference.hidden_at(prompt, policy.reads(prompt)[0]) for prompt in batch]
         hidden = torch.stack(states)
         return hidden, Trace(hidden.float().cpu()) if trace else None
@@ -381,7 +387,17 @@ class BackboneEmbedder(Embedder, nn.Module):
     def embed_prepared(
         self, rows: Sequence[PreparedItem], options: EmbedOptions | None = None
     ) -> torch.Tensor:
-        found = []
+        return self._embed_rows(self._prepared(rows), options or self.options, False)[0]
+
+    def embed_traced(
+        self, rows: Sequence[PreparedItem], options: EmbedOptions | None = None
+    ) -> tuple[torch.Tensor, Trace]:
+        embeddings, trace = self._embed_rows(self._prepared(rows), options or self.options, True)
+        assert trace is not None
+        return embeddings, trace
+
+    def _prepared(self, rows: Sequence[PreparedItem]) -> list[Row]:
+        found: list[Row] = []
         for item in rows:
             if item.convention not in ("", self.processor.convention):
                 reason = "was prepared under another profile, or with other options of pictures, "
@@ -390,7 +406,7 @@ class BackboneEmbedder(Embedder, nn.Module):
             images = _visuals(item.pixel_values, item.image_grid_thw, False)
             videos = _visuals(item.pixel_values_videos, item.video_grid_thw, True)
             found.append((item.input_ids.numpy(), images + videos))
-        return self._embed_rows(found, self.options if options is None else options, False)[0]
+        return found
 
     def _embed_rows(
         self, rows: Sequence[Row], options: EmbedOptions, trace: bool

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ume_models.backbone.config import BackboneConfig
-from ume_models.backbone.fields import field, read_json, several, whole
+from ume_models.backbone.tokenizer import end_tokens
 from ume_models.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -50,19 +50,8 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, sources: Sequence[Path]) -> To
             f"{', '.join(missing)}; use the one that was saved with the PLUME checkpoint, not the "
             "base model's"
         )
-    eos = next((found for found in map(_eos, sources) if found), frozenset[int]())
-    if not eos and tokenizer.eos_token_id is not None:
-        eos = frozenset({int(tokenizer.eos_token_id)})
+    eos = end_tokens(tokenizer, sources)
     return TokenIds(vocabulary["<gen_emb>"], vocabulary["<disc_emb>"], eos)
-
-
-def _eos(source: Path) -> frozenset[int]:
-    """End-of-sequence ids of a folder's ``generation_config.json``; empty where it names none."""
-    path = source / "generation_config.json"
-    value = read_json(path).get("eos_token_id") if path.is_file() else None
-    value = [] if value is None else value if isinstance(value, list) else [value]
-    ids = field({"eos_token_id": value}, str(path), "eos_token_id", several(whole(0, 10**7)))
-    return frozenset(ids)
 
 
 def resize_vocabulary(

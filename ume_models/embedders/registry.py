@@ -17,6 +17,7 @@ _HOMES = {
     "vlm2vec": "vlm2vec:Vlm2VecForEmbedding",
     "gme": "gme:GmeForEmbedding",
     "lamra": "lamra:LamraForEmbedding",
+    "trace": "trace:TraceForEmbedding",
 }
 
 

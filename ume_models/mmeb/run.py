@@ -20,7 +20,7 @@ from ume_models.atomic import write_atomically
 from ume_models.disk_space import require_space
 from ume_models.embedder import Embedder
 from ume_models.encode import EncodeStats, encoding_settings
-from ume_models.errors import DataError, ErrorKind, StoreError
+from ume_models.errors import DataError, ErrorKind, OptionError, StoreError
 from ume_models.mmeb import settings
 from ume_models.mmeb.answers import problems_of_answers
 from ume_models.mmeb.benchmarks import benchmark
@@ -98,7 +98,8 @@ def evaluate(
         TeamError: another process has failed or died.
         OSError: the disk is full or not writable.
         ValueError: there are no tasks, they are not those of one benchmark, the model was loaded
-            without ``empty="reference"``, or an option of its family is out of range.
+            without ``empty="reference"``, its family tells queries from candidates by their
+            instruction, which no table holds apart, or an option of it is out of range.
         TypeError: its family does not have an option.
     """
     tasks, data, output = list(tasks), Path(data), Path(output)
@@ -109,6 +110,12 @@ def evaluate(
         raise ValueError(
             'load the model with empty="reference": some candidates have empty texts, which the '
             "official evaluation embeds"
+        )
+    if model.asymmetric:
+        raise OptionError(
+            f"the family {model.family} takes items with an instruction as queries, but these "
+            "tables have instructions inside their texts; encode queries and candidates yourself "
+            "and score them with --embeddings"
         )
     reading, options = reading or ReadOptions(), options or EvalOptions()
     if reading.frames is None:
