@@ -91,3 +91,19 @@ def test_a_checkpoint_that_is_not_one(items: Path, tmp_path: Path) -> None:
         assert str(place) in result.stderr
         assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_a_family_are_given_by_name(tmp_path: Path) -> None:
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"instruction": "Find it.", "text": "a dog"}\n{"text": "a cat"}\n')
+    checkpoint = RECORDED.parent / "family_seen" / "checkpoint"
+    out = tmp_path / "index"
+    family = ("--model", checkpoint, "--family", "trace", "--option", "max_new_tokens=5")
+    assert ume("embed", items, "-o", out, *family, "--pictures", "as_seen").exit_code == 0
+    settings = json.loads((out / "manifest.json").read_text())["encoding"]
+    assert settings["max_new_tokens"] == 5
+    assert settings["images"]["pictures"] == "as_seen"
+    assert ume("search", "--index", out, "a dog", "--json", "-").exit_code == 0
+    assert ume("embed", items, "-o", tmp_path / "b", "--option", "steps").exit_code == 2
+    unknown = ume("embed", items, "-o", tmp_path / "b", "--option", "steps=3")
+    assert (unknown.exit_code, "steps" in unknown.output) == (1, True)

@@ -47,7 +47,7 @@ def load_model(
     """
     chosen = {
         name: getattr(options, name)
-        for name in ("device", "dtype", "family", "profile", "engine", "multi_image")
+        for name in ("device", "dtype", "family", "profile", "engine", "multi_image", "pictures")
     }
     path = None if options.model == BUNDLED else options.model
     pick_device(options.device)

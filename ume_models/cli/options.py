@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
@@ -61,7 +62,7 @@ ModelOption = Annotated[str | None, _model(
     "Checkpoint folder or hub id.", metavar="PATH", show_default="the bundled one"
 )]
 FamilyOption = Annotated[str | None, _model(
-    "Which embedder it is: plume, ume_r1, vlm2vec, gme or lamra.",
+    "Which embedder it is: plume, ume_r1, trace, vlm2vec, gme or lamra.",
     metavar="NAME", show_default="as the checkpoint says",
 )]
 ProfileOption = Annotated[str | None, _model(
@@ -88,6 +89,7 @@ class EncodingOptions:
         engine, device, dtype, family, profile, multi_image: as ``ume_models.load`` takes them.
         batch_tokens: tokens per batch, None for the default.
         options: the family's own; what is not there is left to the model.
+        pictures: as ``ume_models.load`` takes it.
     """
 
     model: str = BUNDLED
@@ -99,6 +101,7 @@ class EncodingOptions:
     multi_image: str | None = None
     batch_tokens: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    pictures: str | None = None
 
     @classmethod
     def recorded(cls, manifest: Manifest, device: str) -> EncodingOptions:
@@ -123,6 +126,7 @@ class EncodingOptions:
                 multi_image=settings["multi_image"],
                 batch_tokens=settings["batch_tokens"],
                 options={name: settings[name] for name in names if name in settings},
+                pictures=settings.get("images", {}).get("pictures"),
             )
         except KeyError as error:
             raise UmeError(f"the manifest of the index lacks the setting {error}") from None
@@ -144,6 +148,14 @@ def encoding_options(
     multi_image: Annotated[Literal["all", "first"] | None, _model(
         "Items with several images: all of them, or the first as PLUME's evaluation does.",
         show_default="the profile's",
+    )] = None,
+    pictures: Annotated[Literal["official", "as_seen"] | None, _model(
+        "as_seen: as a viewer shows them, with EXIF rotation and 16 bits scaled.",
+        show_default="the profile's",
+    )] = None,
+    option: Annotated[list[str] | None, _model(
+        "An option of the family, such as max_new_tokens=512; may be repeated.",
+        metavar="NAME=VALUE",
     )] = None,
     batch_tokens: Annotated[int | None, _model(
         "Tokens per batch; lower needs less memory.", min=1, metavar="N", show_default="by device"
@@ -167,8 +179,20 @@ def encoding_options(
     }
     chosen = {name: value for name, value in of_family.items() if value is not None}
     return EncodingOptions(
-        model or BUNDLED, engine, device, dtype, family, profile, multi_image, batch_tokens, chosen
-    )
+        model or BUNDLED, engine, device, dtype, family, profile, multi_image, batch_tokens,
+        {**chosen, **dict(map(_named, option or ()))}, pictures,
+    )  # fmt: skip
+
+
+def _named(given: str) -> tuple[str, Any]:
+    """Name and value of ``NAME=VALUE``; a value that is no JSON is a text."""
+    name, equals, value = given.partition("=")
+    if not (name and equals):
+        raise typer.BadParameter(f"--option takes NAME=VALUE, got {given!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

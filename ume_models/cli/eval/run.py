@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -145,12 +146,29 @@ def _evaluate(
         if team.leads:
             tell(f"family: {model.family}, profile: {model.profile.name}")
         with EvalProgress() as shown:
-            return root, evaluate(
+            summary = evaluate(
                 model, tasks, root, output, name=encoding.model, options=options, team=team,
                 progress=shown if team.leads else Progress(), **how,
             )  # fmt: skip
+        if team.leads and model.writes(model.options):
+            _tell_what_was_written(output / "timing.json")
+        return root, summary
     finally:
         team.close()
+
+
+def _tell_what_was_written(path: Path) -> None:
+    """Words of a model that reasons, over all kinds of items; nothing where none were embedded."""
+    if path.exists():
+        kinds = json.loads(path.read_text(encoding="utf-8")).values()
+        rows, written, direct, fallbacks = (
+            sum(kind[name] for kind in kinds)
+            for name in ("unique", "written", "direct", "fallbacks")
+        )
+        tell(
+            f"{written} tokens written for {rows} rows; {direct / max(rows, 1):.0%} direct, "
+            f"{fallbacks} without the embedding token"
+        )
 
 
 def _share_of_cores(team: Team) -> int:
