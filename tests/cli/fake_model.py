@@ -65,6 +65,7 @@ def load(
     profile: str | None = None,
     engine: str = "fast",
     multi_image: str | None = None,
+    pictures: str | None = None,
     empty: str = "error",
     device: str = "auto",
     dtype: str = "auto",

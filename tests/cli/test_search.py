@@ -127,6 +127,7 @@ def test_queries_use_the_settings_of_the_index(
         "profile": "official",
         "engine": "fast",
         "multi_image": "first",
+        "pictures": None,
         "empty": "error",
         "mode": "disc",
         "latent_steps": 3,

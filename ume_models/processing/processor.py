@@ -137,7 +137,6 @@ class Processor:
         self.config = config
         self.rules = rules
         self.empty = empty
-        self.max_image_pixels = max_image_pixels
         self.max_tokens = max_tokens
         self._warned: set[str] = set()
         vocabulary = tokenizer.get_vocab()
@@ -284,6 +283,15 @@ class Processor:
                 **{k: v for k, v in rules.items() if k in always or v != before[k]},
             },
         }
+
+    @property
+    def max_image_pixels(self) -> int:
+        """Larger images are refused unread; may be set."""
+        return self._visuals.max_image_pixels
+
+    @max_image_pixels.setter
+    def max_image_pixels(self, pixels: int) -> None:
+        self._visuals.max_image_pixels = pixels
 
     @property
     def blank_image(self) -> tuple[torch.Tensor, Grid]:
