@@ -364,7 +364,9 @@ def test_operators_are_well_formed():
     arguments = (torch.randn(1, 1, 32), torch.tensor([3]), cos, sin, kv[0], kv[1], *flat)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.ume.decode_layer.default, (*arguments, 2, 1, 16, 1e-6, 8, None), test_utils=checks
+        torch.ops.ume.decode_layer.default,
+        (*arguments, 2, 1, 16, 1e-6, 8, torch.tensor([2]), None),
+        test_utils=checks,
     )
     q = torch.randn(1, 1, 2, 16)
     torch.library.opcheck(
