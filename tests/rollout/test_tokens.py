@@ -131,6 +131,15 @@ def test_a_phrase_said_again_and_again_ends_a_row(model, prompts):
         assert some == all_of_them[:ends]
 
 
+def test_a_guarded_row_has_recordings_of_its_own(model, prompts):
+    """The host looks after every step then: steps that were recorded eight at a time do not do."""
+    engine = engine_of(model, GraphPool(Rerun()))
+    for policy in (policy_of(model, budget=40), policy_of(model, budget=40, repeats=3)):
+        with torch.no_grad():
+            written = engine.run(prompts[:4], policy, trace=True)[1].token_ids
+        assert written == run(model, prompts[:4], policy)[1]
+
+
 def test_a_text_ends_a_row(model, prompts):
     policy = policy_of(model)
     free = run(model, prompts[:3], policy)[1]

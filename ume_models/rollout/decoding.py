@@ -49,6 +49,8 @@ class Decoding:
         self._steps = STEPS if self._engine.graphs.enabled and not looks else 1
         self._waiting = deque(range(len(rows.lengths), len(rows.prompts)))
         self._written: list[list[int]] = [[] for _ in rows.prompts]
+        # What leads from a token's place behind each prompt to its position.
+        self._offsets = [int(p.positions.max()) + 1 - len(p) for p in rows.prompts]
         self._hidden: list[torch.Tensor | None] = [None] * len(rows.prompts)
         # Of the rows that decode, in the order of their slots: which they are, and their state.
         self._here: list[int] = []
@@ -81,7 +83,7 @@ class Decoding:
             "last": hidden,
             "marked": hidden,
             "lengths": lengths,
-            "offsets": to_device([*map(self._offset, rows)], device, torch.int64),
+            "offsets": to_device([self._offsets[row] for row in rows], device, torch.int64),
         }
         if not policy.sampling.plain:
             vocabulary = len(policy.head)
@@ -126,7 +128,7 @@ class Decoding:
         self._make_room(bound)
         engine, policy, cache = self._engine, self._policy, self._cache
         capacity = cache.shape[4]
-        ahead = max(self._offset(row) for row in self._here)
+        ahead = max(self._offsets[row] for row in self._here)
         rope = engine.rope_table(capacity + max(ahead, 0))
         marker = NOTHING if policy.tap == "before" else policy.token
         loop = TokenLoop(
@@ -139,7 +141,8 @@ class Decoding:
             wide, whole = torch.int64, engine.dtype
             found = engine.graphs.run(
                 key=(
-                    "tokens", bucket, cache.shape, len(rope[0]), policy.stops, policy.token, marker
+                    "tokens", bucket, cache.shape, len(rope[0]), self._steps, policy.stops,
+                    policy.token, marker,
                 ),
                 identity=(
                     engine.arena.address,
@@ -163,11 +166,6 @@ class Decoding:
     def _length(self, row: int) -> int:
         """Tokens that a row has cached: all but the one that it put out last."""
         return len(self._rows.prompts[row]) + max(len(self._written[row]) - 1, 0)
-
-    def _offset(self, row: int) -> int:
-        """What leads from a token's place behind the prompt to its position."""
-        prompt = self._rows.prompts[row]
-        return int(prompt.positions.max()) + 1 - len(prompt)
 
     def _make_room(self, length: int) -> None:
         """A cache that holds rows of ``length`` tokens, and what closes one."""
@@ -217,8 +215,7 @@ class Decoding:
         engine = self._engine
         ids = to_device([self._written[row][-1], *closing], engine.device, torch.int64)
         embeds = F.embedding(ids, engine.text.embed_tokens.weight)[None]
-        length = self._length(row)
-        offset = self._offset(row)
+        length, offset = self._length(row), self._offsets[row]
         bound = length + len(ids)
         states = engine.text.decode(
             embeds,
