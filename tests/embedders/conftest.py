@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import ume_models
+from ume_models.errors import ItemError
 from ume_models.rollout import tokens
 
 FAMILY = Path(__file__).parent.parent / "conformance" / "family_seen"
@@ -38,6 +39,27 @@ def load_family() -> Callable[..., Any]:
         return loaded[key]
 
     return get
+
+
+@pytest.fixture
+def own_inputs(recorded_inputs: Any, family_processor: Any) -> Callable[..., None]:
+    """Asserts that a family's official profile gives the inputs that its own code did.
+
+    What that code refuses is refused; its cut texts are tested beside.
+    """
+
+    def check(family: Any) -> None:
+        recorded = recorded_inputs(f"processing_families/{family.family}")
+        processor = family_processor(family.profiles["official"])
+        for key, case in recorded.cases.items():
+            item = {"text": case.get("text_given", ""), "instruction": case.get("instruction", "")}
+            if "fails" in case:
+                with pytest.raises(ItemError):
+                    processor.plan([{**item, **recorded.media(key)}])
+            elif not key.startswith("text_long"):
+                recorded.check(processor, key, item)
+
+    return check
 
 
 @pytest.fixture

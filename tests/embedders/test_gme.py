@@ -17,16 +17,8 @@ LONG = "a red circle above a green triangle, " * 600
 
 
 @pytest.mark.compat
-def test_inputs_are_those_of_its_own_interface(recorded_inputs: Any, family_processor: Any) -> None:
-    recorded = recorded_inputs("processing_families/gme")
-    processor = family_processor(GmeForEmbedding.profiles["official"])
-    for key, case in recorded.cases.items():
-        item = {"text": case.get("text_given", ""), "instruction": case.get("instruction", "")}
-        if "fails" in case:
-            with pytest.raises(ItemError):
-                processor.plan([{**item, **recorded.media(key)}])
-        elif not key.startswith("text_long"):
-            recorded.check(processor, key, item)
+def test_inputs_are_those_of_its_own_interface(own_inputs: Any) -> None:
+    own_inputs(GmeForEmbedding)
 
 
 @pytest.mark.compat

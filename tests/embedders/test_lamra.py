@@ -9,22 +9,13 @@ import torch
 from PIL import Image
 
 from ume_models.embedders.lamra import LamraForEmbedding
-from ume_models.errors import ItemError
 
 LONG = "a red circle above a green triangle, " * 600
 
 
 @pytest.mark.compat
-def test_inputs_are_those_of_its_own_code(recorded_inputs: Any, family_processor: Any) -> None:
-    recorded = recorded_inputs("processing_families/lamra")
-    processor = family_processor(LamraForEmbedding.profiles["official"])
-    for key, case in recorded.cases.items():
-        item = {"text": case.get("text_given", ""), "instruction": case.get("instruction", "")}
-        if "fails" in case:
-            with pytest.raises(ItemError):
-                processor.plan([{**item, **recorded.media(key)}])
-        elif not key.startswith("text_long"):
-            recorded.check(processor, key, item)
+def test_inputs_are_those_of_its_own_code(own_inputs: Any) -> None:
+    own_inputs(LamraForEmbedding)
 
 
 @pytest.mark.compat
